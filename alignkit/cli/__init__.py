@@ -1,0 +1,8 @@
+"""Command lines: the option classes that recipes share, and the parser that reads them from YAML and arguments."""
+
+from __future__ import annotations
+
+from alignkit.cli.arguments import ModelArguments, ScriptArguments
+from alignkit.cli.parser import RecipeParser, one_line_errors
+
+__all__ = ["ModelArguments", "RecipeParser", "ScriptArguments", "one_line_errors"]
