@@ -1,0 +1,147 @@
+"""LoRA as one fused operation: `y = x Wᵀ + b + s · (x Aᵀ) Bᵀ` (arXiv 2106.09685, Eq. 3).
+
+PEFT's layers stay in charge of everything but the arithmetic of a plain training step: `fused_lora_layer` is handed to
+PEFT through `LoraConfig._register_custom_module`, and the layers that it makes fall back to PEFT's own forward pass for
+dropout, variants (DoRA), merged weights and several active adapters. What is saved is an ordinary PEFT adapter.
+
+Adapters are fp32 and stay so. A forward pass casts each to the compute dtype once and keeps the copy for the backward
+pass; autocast, which would cast at every use, is not involved. Adapter gradients are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.utils import is_bitsandbytes_available
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether `layer` keeps its weight in bitsandbytes' 4-bit format."""
+    if not is_bitsandbytes_available():
+        return False
+    from bitsandbytes.nn import Linear4bit
+
+    return isinstance(layer, Linear4bit)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of `model` is stored as integers."""
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as a `(out, in)` matrix, dequantized where it is stored in 4 bits."""
+    if not is_4bit(layer):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """`x Wᵀ + b` of a frozen linear layer; for 4-bit weights this bypasses the layer's own forward pass.
+
+    On a CPU that pass repacks the 4-bit weight in place in evaluation mode, and gradients vanish below it afterwards.
+    """
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, dense_weight(layer).to(x.dtype), bias)
+
+
+class _LoraProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, layer, scaling):  # x (…, in), A (r, in), B (out, r)
+        low_a, low_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        projected = F.linear(x, low_a)  # (…, r)
+        y = frozen_linear(x, layer)  # (…, out)
+        y.view(-1, y.shape[-1]).addmm_(projected.view(-1, low_a.shape[0]), low_b.t(), alpha=scaling)
+        ctx.save_for_backward(x, projected, low_a, low_b)
+        ctx.layer, ctx.scaling, ctx.adapter_dtype = layer, scaling, lora_a.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # (…, out)
+        x, projected, low_a, low_b = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        rank_grad = (g @ low_b).mul_(ctx.scaling)  # (N, r)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g @ dense_weight(ctx.layer).to(g.dtype)).addmm_(rank_grad, low_a).view(x.shape)
+        grad_a = rank_grad.t() @ x.reshape(-1, x.shape[-1])
+        grad_b = (g.t() @ projected.view(-1, low_a.shape[0])).mul_(ctx.scaling)
+        return grad_x, grad_a.to(ctx.adapter_dtype), grad_b.to(ctx.adapter_dtype), None, None
+
+
+class FusedForward(nn.Module):
+    """The forward pass that `FusedLoraLinear` and its 4-bit twin put before PEFT's own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(…, in)` to `(…, out)`."""
+        if args or kwargs or self.merged:
+            return super().forward(x, *args, **kwargs)
+        if self.disable_adapters:
+            return frozen_linear(x, self.base_layer)
+        name = self._plain_adapter()
+        if name is None:
+            return super().forward(x)
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoraProduct.apply(x, lora_a, lora_b, self.base_layer, self.scaling[name])
+
+    def _plain_adapter(self) -> str | None:
+        """The one active adapter, if it is plain LoRA over a frozen layer: no dropout, no bias, no variant."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.base_layer.weight.requires_grad:
+            return None
+        name = active[0]
+        plain = (
+            name not in self.lora_variant
+            and self.lora_B[name].bias is None
+            and (isinstance(self.lora_dropout[name], nn.Identity) or self.lora_dropout[name].p == 0.0)
+        )
+        return name if plain else None
+
+
+class FusedLoraLinear(FusedForward, PeftLinear):
+    """PEFT's LoRA layer over a frozen dense linear layer."""
+
+
+def fused_lora_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """Make the LoRA layer for a linear `target`, or return `None` to leave it to PEFT (8-bit and other formats).
+
+    Signature as PEFT calls it; register it with `config._register_custom_module({nn.Linear: fused_lora_layer})`.
+    """
+    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if is_4bit(layer):
+        from alignkit.models.lora_4bit import FusedLoraLinear4bit
+
+        return FusedLoraLinear4bit(target, adapter_name, config=config, **kwargs)
+    if type(layer) is nn.Linear:
+        return FusedLoraLinear(target, adapter_name, config=config, **kwargs)
+    return None
+
+
+# What `add_adapter` and `load_model` take as `custom_modules`; bitsandbytes' layers are `nn.Linear` too.
+FUSED_LORA = {nn.Linear: fused_lora_layer}
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers on a CPU trainable below, whatever mode the model is in.
+
+    One evaluation-mode forward pass without gradients repacks such a layer's weight in place, and every gradient below
+    it is zero from then on. Layers already repacked are restored; a hook keeps the others in training mode, which
+    changes nothing else about them.
+    """
+    for module in model.modules():
+        if is_4bit(module) and module.weight.device.type == "cpu":
+            module.register_forward_pre_hook(_in_training_mode)
+            with torch.no_grad():
+                module(torch.zeros(0, module.in_features, dtype=torch.float32))
+
+
+def _in_training_mode(module: nn.Module, args: tuple) -> None:
+    module.training = True

@@ -1,0 +1,125 @@
+"""Find the layout that a model really supports, by trying it once.
+
+Some models cannot branch a sequence (recurrent or convolutional state, ALiBi, chunked attention), and some ignore
+transformers' attention interface without a word. So the first batch is scored both ways, and a layout is used only if
+it gives what the padded one gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from alignkit.data.layout import LAYOUTS, Pairs
+from alignkit.errors import ConfigError, ModelError
+from alignkit.functional.logprobs import Logits
+from alignkit.models.bundle import ModelBundle
+from alignkit.models.scoring import logits_of
+
+logger = logging.getLogger(__name__)
+
+# Largest mean difference per token, in nats, that rounding alone explains.
+TOLERANCE_NATS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+# Pairs and tokens per sequence of the probe: enough for every layer to see a branch.
+PROBE_PAIRS, PROBE_TOKENS = 2, 96
+
+# Layer kinds (config.layer_types) whose state runs along the row, or whose mask is not about positions in a sequence.
+_LINEAR_LAYERS = {"linear_attention", "mamba", "conv", "recurrent", "chunked_attention", "hybrid"}
+_STATE_FIELDS = ("mamba_d_state", "ssm_state_size", "state_size", "conv_kernel", "linear_conv_kernel_dim", "alibi")
+
+
+def cannot_pack(config: PreTrainedConfig) -> str | None:
+    """Say why an architecture cannot run packed rows, or return `None` if nothing speaks against trying."""
+    text = config.get_text_config().to_dict()
+    kinds = _LINEAR_LAYERS & set(text.get("layer_types") or ())
+    if kinds:
+        return f"it has {', '.join(sorted(kinds))} layers"
+    for name in _STATE_FIELDS:
+        if text.get(name):
+            return f"its configuration has {name}={text[name]!r}"
+    return None
+
+
+def choose_layout(bundle: ModelBundle, pairs: Pairs, wanted: str, pad_token_id: int) -> str:
+    """Return the layout to use and set the model's attention to suit; log one line if it is not the first choice.
+
+    Args:
+        bundle: its policy is probed in evaluation-free, gradient-free forward passes.
+        pairs: real data, on the model's device; a small part of it is used.
+        wanted: a layout's name, or `"auto"` for the first of prefix_shared, packed, padded that agrees with padded.
+        pad_token_id: for the padded layout.
+
+    Raises:
+        ModelError: the padded log-probabilities are not those of the model's own logits, or a layout that was asked for
+            by name does not work with this model.
+        ConfigError: no such layout.
+    """
+    if wanted != "auto" and wanted not in LAYOUTS:
+        raise ConfigError(f"layout={wanted!r} is unknown; choose from {sorted([*LAYOUTS, 'auto'])}")
+    small = _shorten(pairs)
+    own = bundle.attention_implementation
+    tolerance = TOLERANCE_NATS[bundle.compute_dtype]
+    expected = _token_logps(bundle, small, "padded", pad_token_id)
+    _check_head(bundle, small, expected, tolerance)
+    if wanted == "padded":
+        return wanted
+    reason = cannot_pack(bundle.base.config)
+    if reason is None:
+        bundle.use_row_attention()
+        for name in ("prefix_shared", "packed") if wanted == "auto" else (wanted,):
+            score = partial(_token_logps, bundle, small, name, pad_token_id)
+            reason = _disagreement(score, expected, tolerance)
+            if reason is None:
+                if wanted == "auto" and name != "prefix_shared":
+                    logger.warning("layout: %s, because prefix_shared does not agree with padded on this model", name)
+                return name
+        bundle.use_own_attention(own)
+    architecture = type(bundle.base).__name__
+    if wanted != "auto":
+        raise ModelError(f"layout={wanted!r} does not work with {architecture}: {reason}. Set layout='auto'.")
+    logger.warning("layout: padded, because %s cannot run packed rows: %s", architecture, reason)
+    return "padded"
+
+
+def _shorten(pairs: Pairs) -> Pairs:
+    """A few pairs, each part cut so that the probe costs little; branches and several pairs remain."""
+    parts = iter(pairs.input_ids.split(pairs.lengths.flatten().tolist()))
+    kept: list[Tensor] = []
+    for prompt, chosen, rejected in list(zip(parts, parts, parts, strict=True))[:PROBE_PAIRS]:
+        kept += [prompt[-PROBE_TOKENS:], chosen[:PROBE_TOKENS], rejected[:PROBE_TOKENS]]
+    return Pairs(torch.cat(kept), torch.tensor([part.numel() for part in kept]).view(-1, 3))
+
+
+@torch.no_grad()
+def _token_logps(bundle: ModelBundle, pairs: Pairs, layout: str, pad_token_id: int) -> Tensor:
+    return bundle.score(LAYOUTS[layout](pairs, pad_token_id)).logps
+
+
+def _disagreement(score: Callable[[], Tensor], expected: Tensor, tolerance_nats: float) -> str | None:
+    try:
+        found = score()
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"the forward pass fails ({str(error).splitlines()[0]})"
+    difference = (found - expected).abs().mean().item()
+    return None if difference <= tolerance_nats else f"log-probs differ by {difference:.3g} nats per token"
+
+
+@torch.no_grad()
+def _check_head(bundle: ModelBundle, pairs: Pairs, scored: Tensor, tolerance_nats: float) -> None:
+    """Compare with the model's own logits on the first completion: an unknown scaling of logits would show here."""
+    prompt, chosen, _ = pairs.lengths[0].tolist()
+    ids = pairs.input_ids[: prompt + chosen][None]
+    logits = bundle.model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1].float()
+    own = torch.log_softmax(logits, -1).gather(-1, ids[0, prompt:, None]).squeeze(-1)
+    difference = (own - scored[:chosen]).abs().mean().item()
+    if difference > tolerance_nats:
+        known: Logits = logits_of(bundle.base.config)
+        raise ModelError(
+            f"{type(bundle.base).__name__} turns hidden states into logits in a way that is not known here: "
+            f"log-probs differ by {difference:.3g} nats per token from its own logits (assumed {known})."
+        )

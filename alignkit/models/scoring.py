@@ -1,0 +1,138 @@
+"""Token log-probabilities out of a causal language model's own forward pass, without its logits.
+
+`install_scoring(model)` adds forward hooks, PyTorch's public way in. A call that carries `score=ScoreRequest(...)`
+then returns `TokenScores` instead of logits: the head's input is caught on its way, the head itself is given nothing to
+do, and the log-probabilities are taken at the requested positions alone. All of it happens inside `model(...)`, where
+DDP and FSDP expect everything that is trained. Any other call is left as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from alignkit.errors import ModelError
+from alignkit.functional.logprobs import (
+    Logits,
+    TokenStatistics,
+    frozen_head_logps,
+    log_sum_square_probs,
+    recomputed_head_logps,
+    token_statistics,
+)
+from alignkit.models.lora import dense_weight
+
+# Diagnostics of a training step are taken on at most this many completion tokens, evenly spaced.
+STATISTICS_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What to score in one forward pass.
+
+    Attributes:
+        index: positions in the flattened `(R · T)` batch whose hidden state predicts a target, `(S,)`.
+        targets: token ids, `(S,)`.
+        statistics: positions within `index` to take diagnostics at, `(M,)`; `None` for no diagnostics.
+        square_sums: also return `log Σ p²` per target, for WPO's weights.
+    """
+
+    index: Tensor
+    targets: Tensor
+    statistics: Tensor | None = None
+    square_sums: bool = False
+
+
+@dataclass(slots=True)
+class TokenScores:
+    """Per target: log-probability `(S,)` with gradient; and, if asked for, diagnostics `(M,)` and `log Σ p²` `(S,)`."""
+
+    logps: Tensor
+    statistics: TokenStatistics | None = None
+    square_sums: Tensor | None = None
+
+
+def logits_of(config: PreTrainedConfig) -> Logits:
+    """Read how an architecture scales and caps its logits from its configuration."""
+    values = config.get_text_config().to_dict()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if values.get(name) is not None:
+            scale = float(values[name])
+    if values.get("logits_scaling") is not None:
+        factor = float(values["logits_scaling"])
+        scale = factor if values["model_type"] == "hyperclovax" else 1 / factor
+    return Logits(scale, values.get("final_logit_softcapping"))
+
+
+class _Scoring:
+    """The hooks' shared state: the open request and the hidden states that the head was about to be given."""
+
+    def __init__(self, head: nn.Module, logits: Logits):
+        self.head, self.logits = head, logits
+        self.request: ScoreRequest | None = None
+        self.hidden: Tensor | None = None
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.request, self.hidden = kwargs.pop("score", None), None
+        return args, kwargs
+
+    def divert(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.request is None:
+            return None
+        self.hidden = args[0]  # (R, T, H)
+        return (args[0][:, :0],)
+
+    def score(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        request, hidden = self.request, self.hidden
+        if request is None:
+            return None
+        self.request = self.hidden = None
+        if hidden is None:
+            raise ModelError(f"{type(module).__name__} never called its output head, so nothing can be scored")
+        rows = hidden.reshape(-1, hidden.shape[-1])[request.index]  # (S, H)
+        scores = TokenScores(self._logps(rows, request.targets))
+        if request.statistics is not None:
+            few = request.statistics
+            scores.statistics = token_statistics(rows[few], self._project, request.targets[few], self.logits)
+        if request.square_sums:
+            scores.square_sums = log_sum_square_probs(rows, self._project, self.logits)
+        return scores
+
+    def _logps(self, rows: Tensor, targets: Tensor) -> Tensor:
+        if any(parameter.requires_grad for parameter in self.head.parameters()):
+            return recomputed_head_logps(rows, self._project, targets, self.logits)
+        if isinstance(self.head, BaseTunerLayer | AuxiliaryTrainingWrapper):  # an adapter that is frozen or off
+            return recomputed_head_logps(rows, self._project, targets, self.logits)
+        return frozen_head_logps(rows, dense_weight(self.head), self.head.bias, targets, self.logits)
+
+    def _project(self, rows: Tensor) -> Tensor:
+        """The head on `(n, H)` rows, called without hooks so that it does not divert itself."""
+        return self.head.forward(rows)
+
+
+def install_scoring(model: nn.Module) -> None:
+    """Let `model(..., score=ScoreRequest(...))` return `TokenScores`; `model` is a causal LM or a PeftModel of one.
+
+    Raises:
+        ModelError: the model has no output head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; a causal language model is needed")
+    scoring = _Scoring(head, logits_of(model.config))
+    model.register_forward_pre_hook(scoring.open, with_kwargs=True)
+    head.register_forward_pre_hook(scoring.divert)
+    model.register_forward_hook(scoring.score)
+
+
+def even_sample(count: int, at_most: int, device: torch.device) -> Tensor:
+    """Return at most `at_most` indices spread evenly over `range(count)`."""
+    stride = max(1, -(-count // at_most))
+    return torch.arange(0, count, stride, device=device)

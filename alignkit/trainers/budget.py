@@ -1,0 +1,36 @@
+"""How many tokens one forward pass may hold: the meaning of `max_tokens_per_forward="auto"`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from alignkit.trainers.config import DPOConfig
+
+# On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
+CPU_TOKENS = 1024
+# Share of the memory that is free after loading which activations may take; the rest is for the optimizer, the head's
+# chunks and fragmentation.
+ACTIVATION_SHARE = 0.6
+FEWEST_TOKENS = 512
+
+
+def forward_budget_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
+    """Estimate how many tokens fit one forward and backward pass on this process's device.
+
+    The estimate counts what autograd keeps per token: with activation checkpointing one hidden state per layer and the
+    activations of one layer, otherwise those of every layer. A layer keeps about 14 tensors of the hidden size and 5
+    of the feed-forward size.
+    """
+    if args.device.type != "cuda":
+        return CPU_TOKENS
+    config = base.config.get_text_config().to_dict()
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    feed_forward = config.get("intermediate_size") or 4 * hidden
+    width_bytes = torch.finfo(base.get_input_embeddings().weight.dtype).bits // 8
+    layer_bytes = width_bytes * (14 * hidden + 5 * feed_forward)
+    kept_bytes = layers * hidden * width_bytes + layer_bytes
+    token_bytes = kept_bytes if args.activation_checkpointing else layers * layer_bytes
+    free_bytes, _ = torch.cuda.mem_get_info(args.device)
+    weights_bytes = 0 if base.device.type == "cuda" else base.get_memory_footprint()
+    return max(FEWEST_TOKENS, int(ACTIVATION_SHARE * (free_bytes - weights_bytes) / token_bytes))

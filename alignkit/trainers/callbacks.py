@@ -1,0 +1,121 @@
+"""Callbacks of `DPOTrainer`: checkpointing's adapter, a moving reference, likelihood displacement, dead gradients."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from alignkit.errors import TrainingError
+from alignkit.models.bundle import POLICY, ModelBundle
+from alignkit.models.lora import is_quantized
+from alignkit.models.reference_sync import sync_reference_adapter
+from alignkit.trainers.config import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+# Displacement is reported when the chosen log-prob has fallen by this many nats below the reference's, on average over
+# the pairs of a window, in this many windows running.
+DISPLACEMENT_NATS = 5.0
+DISPLACEMENT_WINDOWS = 3
+
+
+class ProtectCheckpointing(TrainerCallback):
+    """Give activation checkpointing back its memory of the adapter, after `Trainer.train` turned it on its own way."""
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        self.bundle = bundle
+
+    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bundle.protect_checkpointing(args.activation_checkpointing_kwargs)
+
+
+class SyncReference(TrainerCallback):
+    """TR-DPO (arXiv 2404.09656): move the reference towards the policy every `ref_model_sync_steps` steps."""
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        self.bundle = bundle
+
+    @torch.no_grad()
+    def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        alpha, bundle = args.ref_model_mixup_alpha, self.bundle
+        if bundle.reference is None:
+            error = sync_reference_adapter(bundle.model, bundle.adapters[POLICY], alpha=alpha)
+            if error > 1e-3:
+                logger.info("sync_ref_model: the reference's rank cuts %.2g of the largest layer's change", error)
+            return
+        for target, source in zip(bundle.reference.parameters(), bundle.model.parameters(), strict=True):
+            target.lerp_(source.to(target), alpha)
+
+
+class DisplacementGuard(TrainerCallback):
+    """Warn once when chosen completions become less likely together with rejected ones.
+
+    A falling loss hides it: the margin grows while both sides lose probability, which goes to answers that nobody
+    wrote (likelihood displacement, arXiv 2410.08847).
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.windows = 0
+        self.has_warned = False
+
+    def on_log(
+        self,
+        args: DPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "rewards/chosen" not in logs or self.has_warned:
+            return
+        chosen, rejected = (logs[f"rewards/{side}"] / self.beta for side in ("chosen", "rejected"))
+        self.windows = self.windows + 1 if max(chosen, rejected) < -DISPLACEMENT_NATS else 0
+        if self.windows == DISPLACEMENT_WINDOWS:
+            self.has_warned = True
+            warnings.warn(
+                f"Chosen answers are becoming less likely, together with rejected ones: by {-chosen:.1f} and "
+                f"{-rejected:.1f} nats against the reference (likelihood displacement). The margin still grows, but "
+                "the model may drift to answers that nobody preferred. Remedies: loss_type=['sigmoid', 'sft'] or "
+                "'dpop', a larger beta, a lower learning rate, or fewer pairs whose answers are nearly the same.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class LiveGradients(TrainerCallback):
+    """Stop when an adapter on a quantized base gets no gradient at all though the loss is not zero.
+
+    Quantized layers can be repacked by an evaluation or a `generate`, after which training goes on with gradients of
+    exactly zero and nothing else to show for it.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: DPOConfig, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not any(bool(gradient.any()) for gradient in gradients):
+            raise TrainingError(
+                f"step {state.global_step + 1}: every gradient is exactly zero, so nothing trains. On a quantized base "
+                "this means that its weights were repacked by an inference pass outside the trainer. Load the model "
+                "anew, and generate through the trainer's own model."
+            )
+
+
+def dpo_callbacks(bundle: ModelBundle, args: DPOConfig, beta: float) -> list[TrainerCallback]:
+    """Return the callbacks that a DPO run needs."""
+    callbacks: list[TrainerCallback] = [DisplacementGuard(beta)]
+    if args.activation_checkpointing:
+        callbacks.append(ProtectCheckpointing(bundle))
+    if args.sync_ref_model:
+        callbacks.append(SyncReference(bundle))
+    if isinstance(bundle.model, PeftModel) and is_quantized(bundle.base):
+        callbacks.append(LiveGradients())
+    return callbacks

@@ -1,0 +1,408 @@
+"""`DPOTrainer`: Trainer's own loop around a preference loss. Everything here is wiring."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs, DistributedType
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
+
+from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, pairs_of, split_batch
+from alignkit.data.layout import Layout, layout_function, pair_costs, token_bounded_chunks
+from alignkit.data.prepare import prepare_preferences
+from alignkit.data.report import PreparationReport
+from alignkit.errors import ConfigError
+from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
+from alignkit.models.adapters import REFERENCE_ADAPTER
+from alignkit.models.probe import choose_layout
+from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
+from alignkit.trainers.budget import forward_budget_tokens
+from alignkit.trainers.callbacks import dpo_callbacks
+from alignkit.trainers.config import DPOConfig, warn_low_lora_learning_rate
+from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metrics, add_pair_metrics, add_token_metrics
+from alignkit.trainers.objective import Objective
+from alignkit.trainers.reference_cache import with_reference_logps
+from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer
+
+AnyDataset = Dataset | IterableDataset | list
+
+
+class DPOTrainer(Trainer):
+    """Direct preference optimization (arXiv 2305.18290) and its relatives, with TRL 1.16's constructor.
+
+    Args:
+        model: a name, a path, `"demo"`, a causal language model, or a `PeftModel` whose adapter is trained on.
+        ref_model: a separate reference. By default the reference is the policy as it was: adapters off, or a frozen
+            copy of the adapter that training continues from, or a copy of a model that is trained whole.
+        args: options; by default `DPOConfig("<model>-DPO")`.
+        data_collator: by default `DPOCollator`. Another one returns the same kind of batch.
+        train_dataset: preferences in any format that `prepare_preferences` reads, or token ids.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer; by default the model's.
+        compute_metrics: gets `predictions = (chosen rewards, rejected rewards)`.
+        callbacks, optimizers: as for `Trainer`.
+        quantization_config: `alignkit.nf4()`, `alignkit.int8()` or another; for a model given by name.
+        peft_config: a new adapter for the model.
+
+    Attributes:
+        reports: what data preparation kept and dropped, by dataset name.
+        bundle: the roles on the base.
+
+    Raises:
+        ConfigError, DataError, ModelError: before any forward pass, with what to change.
+    """
+
+    _tag_names = ("alignkit", "dpo")
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        ref_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if train_dataset is None:
+            raise ConfigError("train_dataset is required: pass a dataset of preferences")
+        args = copy.copy(args) if args is not None else DPOConfig(f"{_short_name(model)}-DPO")
+        set_seed(args.seed)
+        tokenizer = build_tokenizer(processing_class, model, args)
+        self.reports: dict[str, PreparationReport] = {}
+        prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
+        train_dataset = prepare(train_dataset, "train")
+        eval_dataset = _each(eval_dataset, prepare, "eval")
+        policy = build_policy(model, args, quantization_config, peft_config)
+        self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
+        if isinstance(policy, PeftModel):
+            warn_low_lora_learning_rate(args)
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config = copy.copy(args.accelerator_config)
+            args.accelerator_config.dispatch_batches = False  # a batch's tensors differ in their first dimension
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or DPOCollator(args.max_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_unsupported()
+        self.objective = Objective.from_config(args, partial(self.accelerator.reduce, reduction="mean"))
+        self._layout: str | None = None  # chosen on the first batch
+        self._max_tokens = self._token_budget()
+        self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._throughput = Throughput()
+        if self.bundle.reference is not None:
+            self.accelerator.prepare_model(self.bundle.reference, evaluation_mode=True)
+        for callback in dpo_callbacks(self.bundle, args, args.beta):
+            self.add_callback(callback)
+        self.model.add_model_tags(list(self._tag_names))
+        if args.precompute_ref_log_probs:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+            self.eval_dataset = _each(self.eval_dataset, self._with_reference, "eval")
+
+    # --- data ---
+
+    def _prepare(self, dataset: AnyDataset, name: str, *, tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> Any:
+        """Tokenise `dataset` unless it is already; keep the report and say what was dropped."""
+        prepared, report = prepare_preferences(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            unpaired=any(LOSSES[loss].unpaired for loss in args.loss_type),
+            max_drop_fraction=args.max_drop_fraction,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        self.reports[name] = report
+        return prepared
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        return with_reference_logps(self, dataset, name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*ID_COLUMNS, *EXTRA_COLUMNS]
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """Bring a dataset that came after construction to the form of those that came with it."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        prepared = self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
+        return self._with_reference(prepared, name) if self.args.precompute_ref_log_probs else prepared
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as `Trainer` does; a dataset given here may be in any format that the constructor takes."""
+        if not isinstance(eval_dataset, Mapping):  # Trainer comes back here for each of a dict
+            eval_dataset = self._ready(eval_dataset, "eval")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Return `(chosen rewards, rejected rewards)`, each `(N,)`, as predictions, and the metrics."""
+        output = super().predict(self._ready(test_dataset, "test"), ignore_keys, metric_key_prefix)
+        means = self._windows["eval"].means(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; `args.resume_from_checkpoint` counts where none is given here."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._throughput.reset()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # --- one step ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """Take the micro-batches of one optimizer step, and count their pairs over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(len(batch["lengths"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(pairs, reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Run a micro-batch in token-bounded chunks, with the gradient of the whole.
+
+        A row's gradient does not depend on the other rows, unless the loss couples them. Then log-probabilities of all
+        chunks come first, the loss's derivative with respect to them second, and the chunks' backward passes last.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        chunks = self._chunks(inputs)
+        if len(chunks) > 1 and self.objective.couples_rows:
+            self._add_coefficients(model, inputs, chunks)
+        loss = torch.zeros((), device=self.args.device)
+        for chunk in chunks:
+            is_last = chunk is chunks[-1]
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model), self._offloading():
+                loss += super().training_step(model, chunk, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the batch's share of the step's mean loss; with `return_outputs`, the `PreferenceLoss` besides."""
+        layout = self._lay_out(inputs)
+        scored = len(layout.targets)
+        few = even_sample(scored, STATISTICS_TOKENS if model.training else scored, layout.targets.device)
+        weighted = self.objective.use_weighting
+        scores = self.bundle.score(layout, wrapped=model, statistics=few, square_sums=weighted)
+        features = self.objective.features(scores, layout)
+        if "coefficients" in inputs:  # a chunk of a coupled batch: its rows' losses are known, their slopes are given
+            result = PreferenceLoss(inputs["losses"], inputs["chosen_rewards"], inputs["rejected_rewards"])
+            slope = (features * inputs["coefficients"]).sum()
+            total = result.losses.sum() + slope - slope.detach()
+        else:
+            reference = self._reference_logps(model, layout, inputs)
+            pair_weights = self.objective.weights(scores, layout)
+            result = self.objective(features, reference, layout.pair_tokens, inputs, pair_weights)
+            total = result.losses.sum()
+        self._record(model, inputs, layout, scores, few, result, PairLogps(*features.detach()[:, :2].unbind(1)))
+        if num_items_in_batch is None:
+            loss = total / len(result.losses)
+        else:  # DDP and FSDP average gradients over processes; the mean over the step's pairs wants their sum
+            loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, result) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Return the loss, the rewards `(chosen, rejected)`, and one label per pair (always 1: chosen is better)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, result = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        labels = inputs.get("label", torch.ones_like(result.losses, dtype=torch.bool))
+        return loss.detach(), (result.chosen_rewards, result.rejected_rewards), labels
+
+    def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
+        pairs, pad = pairs_of(inputs), self.processing_class.pad_token_id
+        if self._layout is None:
+            self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
+        return layout_function(self._layout)(pairs, pad)
+
+    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
+        layout = self._lay_out(inputs)
+        return self.objective.features(self._score_reference(self.model, layout), layout)[:, :2]
+
+    def _score_reference(self, model: nn.Module, layout: Layout) -> TokenScores:
+        if self.bundle.can_reference:
+            return self.bundle.score_reference(layout, wrapped=model)
+        with torch.no_grad():  # a model that is trained whole, before its first step
+            return self.bundle.score(layout, wrapped=model)
+
+    def _reference_logps(self, model: nn.Module, layout: Layout, inputs: Mapping[str, Tensor]) -> PairLogps | None:
+        if not self.objective.needs_reference:
+            return None
+        if "ref_chosen_logps" in inputs:
+            return PairLogps(inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        features = self.objective.features(self._score_reference(model, layout), layout)
+        return PairLogps(features[:, 0], features[:, 1])
+
+    # --- chunks ---
+
+    def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        if self._max_tokens is None:
+            return [inputs]
+        self._lay_out(inputs)  # the first batch decides the layout, and with it what a pair costs
+        sizes = token_bounded_chunks(pair_costs(inputs["lengths"], self._layout).tolist(), self._max_tokens)
+        return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
+
+    @torch.no_grad()
+    def _add_coefficients(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[dict[str, Tensor]]) -> None:
+        """Give each chunk its rows' part of the batch's result, and the summed loss's derivative by its features."""
+        features, references, weights = [], [], []
+        for chunk in chunks:
+            layout = self._lay_out(chunk)
+            scores = self.bundle.score(layout, wrapped=model, square_sums=self.objective.use_weighting)
+            features.append(self.objective.features(scores, layout))
+            references.append(self._reference_logps(model, layout, chunk))
+            weights.append(self.objective.weights(scores, layout))
+        leaf = torch.cat(features).requires_grad_()  # (B, F)
+        tokens = PairTokens(*inputs["lengths"][:, 1:].unbind(1))
+        with torch.enable_grad():
+            reference = None if references[0] is None else PairLogps(*map(torch.cat, zip(*references, strict=True)))
+            pair_weights = None if weights[0] is None else torch.cat(weights)
+            result = self.objective(leaf, reference, tokens, inputs, pair_weights)
+            (coefficients,) = torch.autograd.grad(result.losses.sum(), leaf)
+        sizes = [len(chunk["lengths"]) for chunk in chunks]
+        parts = {"coefficients": coefficients, **result._asdict()}
+        for name, tensor in parts.items():
+            for chunk, part in zip(chunks, tensor.detach().split(sizes), strict=True):
+                chunk[name] = part
+
+    def _token_budget(self) -> int | None:
+        """Tokens per forward pass, or `None` for whole micro-batches."""
+        asked = self.args.max_tokens_per_forward
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            if isinstance(asked, int):
+                raise ConfigError(
+                    "max_tokens_per_forward would give processes unequal numbers of forward passes, which FSDP and "
+                    "DeepSpeed cannot follow. Leave it out and bound memory with per_device_train_batch_size."
+                )
+            return None
+        return forward_budget_tokens(self.bundle.base, self.args) if asked == "auto" else asked
+
+    def _offloading(self) -> contextlib.AbstractContextManager:
+        pin = self.args.device.type == "cuda"
+        return save_on_cpu(pin_memory=pin) if self.args.activation_offloading else contextlib.nullcontext()
+
+    # --- metrics and files ---
+
+    def _record(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        layout: Layout,
+        scores: TokenScores,
+        few: Tensor,
+        result: PreferenceLoss,
+        policy: PairLogps,
+    ) -> None:
+        window = self._windows["train" if model.training else "eval"]
+        if self.objective.is_unpaired:
+            add_label_metrics(window, result, policy, inputs["label"])
+        else:
+            add_pair_metrics(window, result, policy)
+        add_token_metrics(window, scores, layout.sequence_index[few] % 2 == 0)
+        if model.training:
+            self._throughput.add(len(result.losses), layout.tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
+        evaluated = next(
+            (key.removesuffix("loss") for key in logs if key.endswith("_loss") and key != "train_loss"), None
+        )
+        if evaluated is not None:
+            logs |= {evaluated + name: value for name, value in self._windows["eval"].means(self.accelerator).items()}
+        elif "loss" in logs:
+            logs |= self._windows["train"].means(self.accelerator)
+            logs |= self._throughput.read(self.accelerator.num_processes, self.args.device)
+        super().log(logs, start_time)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        if isinstance(self.model, PeftModel):
+            # A frozen base already has the compute dtype and adapters are cast by their own layers: autocast would
+            # only cast again. Its gradient scaler, which fp16 needs, stays.
+            arguments["kwargs_handlers"].append(AutocastKwargs(enabled=False))
+        return arguments
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        # PEFT saves every adapter. A reference that never moves belongs to the run's start, not to its results.
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):
+            shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
+
+    def _refuse_unsupported(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
+                "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if self.is_deepspeed_enabled and self.bundle.reference is not None and is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "a separate reference model does not work with ZeRO-3: use LoRA, or precompute_ref_log_probs"
+            )
+
+
+def _short_name(model: str | Path | PreTrainedModel | PeftModel) -> str:
+    name = str(model) if isinstance(model, str | Path) else model.config._name_or_path
+    return Path(name).name or type(model).__name__
+
+
+def _each(datasets: Any, function: Callable[[Any, str], Any], name: str) -> Any:
+    """Apply `function` to a dataset or to each of a dict of them; `None` stays `None`."""
+    if datasets is None:
+        return None
+    if isinstance(datasets, Mapping):
+        return {key: function(dataset, f"{name}_{key}") for key, dataset in datasets.items()}
+    return function(datasets, name)

@@ -1,0 +1,110 @@
+"""Metrics of a logging window, under TRL's names.
+
+Sums and counts stay on the device until somebody asks; then one collective call per window brings the processes
+together. A metric is the mean over all its items in the window, whatever batches or processes they came from.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from alignkit.functional.preference import PairLogps, PreferenceLoss
+from alignkit.models.scoring import TokenScores
+
+
+class MetricWindow:
+    """Running sums since the last `means()`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add the items of `values`, of any shape and possibly none, to metric `name`."""
+        values = values.detach().double()
+        count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+        if name in self._sums:
+            self._sums[name] += values.sum()
+            self._counts[name] += count
+        else:
+            self._sums[name], self._counts[name] = values.sum(), count
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return each metric's mean over all processes, and start a new window. Metrics without items are left out."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        totals = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])  # (M, 2)
+        totals = accelerator.reduce(totals.to(accelerator.device), reduction="sum")
+        self._sums, self._counts = {}, {}
+        return {name: (total / count) for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
+
+
+def add_pair_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairLogps) -> None:
+    """Record `rewards/*` and `logps/*` of a batch of pairs."""
+    chosen, rejected = result.chosen_rewards, result.rejected_rewards
+    window.add("rewards/chosen", chosen)
+    window.add("rewards/rejected", rejected)
+    window.add("rewards/accuracies", (chosen > rejected).double())
+    window.add("rewards/margins", chosen - rejected)
+    window.add("logps/chosen", policy.chosen)
+    window.add("logps/rejected", policy.rejected)
+
+
+def add_label_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor) -> None:
+    """Record KTO's metrics: rewards and log-probs of desirable ("chosen") and undesirable ("rejected") rows."""
+    for name, rows in (("chosen", label), ("rejected", ~label)):
+        window.add(f"rewards/{name}", result.chosen_rewards[rows])
+        window.add(f"logps/{name}", policy.chosen[rows])
+
+
+def add_token_metrics(window: MetricWindow, scores: TokenScores, is_chosen: Tensor) -> None:
+    """Record diagnostics of sampled completion tokens; `is_chosen` says whose completion each belongs to, `(M,)`."""
+    if scores.statistics is None:
+        return
+    entropy, mean_logit, is_top1 = scores.statistics
+    window.add("entropy", entropy)
+    window.add("logits/chosen", mean_logit[is_chosen])
+    window.add("logits/rejected", mean_logit[~is_chosen])
+    window.add("mean_token_accuracy", is_top1[is_chosen].double())
+
+
+class Throughput:
+    """Pairs and tokens per second of training, and the memory peak of this process."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self._start, self._pairs, self._tokens = time.perf_counter(), 0, 0
+
+    def add(self, pairs: int, tokens: int) -> None:
+        """Count a micro-batch; `tokens` are the positions that the model really computed."""
+        self._pairs += pairs
+        self._tokens += tokens
+
+    def read(self, processes: int, device: torch.device) -> dict[str, float]:
+        """Return the window's metrics, all processes taken together, and start a new one."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        metrics = {
+            "pairs_per_second": processes * self._pairs / seconds,
+            "tokens_per_second": processes * self._tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        self.reset()
+        return metrics
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the CUDA device, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

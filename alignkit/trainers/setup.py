@@ -1,0 +1,159 @@
+"""What `DPOTrainer` is handed, turned into a policy, a reference and a tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from alignkit.errors import ConfigError, ModelError
+from alignkit.functional.preference import LOSSES
+from alignkit.models.adapters import add_adapter, disable_dropout, keep_adapters_fp32, reference_adapter
+from alignkit.models.bundle import REFERENCE, ModelBundle
+from alignkit.models.load import load_model
+from alignkit.models.lora import FUSED_LORA, is_quantized
+from alignkit.models.reference_sync import add_synced_reference
+from alignkit.models.source import locate
+from alignkit.models.tokenizer import load_tokenizer, with_pad_token
+from alignkit.trainers.config import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_policy(
+    model: str | Path | PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+) -> PreTrainedModel | PeftModel:
+    """Return the model to train, with fp32 trainable parameters.
+
+    Raises:
+        ConfigError: options of loading for a model that is loaded already.
+        ModelError: nothing to train, or a quantized model without an adapter.
+    """
+    if isinstance(model, str | Path):
+        model = _load(
+            model, args, quantization_config, adapted=peft_config is not None or locate(model, {}).adapter is not None
+        )
+    elif not isinstance(model, PreTrainedModel | PeftModel):
+        raise ModelError(f"model must be a name, a path, a PreTrainedModel or a PeftModel, not {type(model).__name__}")
+    elif quantization_config is not None or args.model_init_kwargs:
+        name = "quantization_config" if quantization_config is not None else "model_init_kwargs"
+        raise ConfigError(
+            f"{name} applies when the model is loaded; this one is loaded already. Pass its name instead."
+        )
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, custom_modules=FUSED_LORA)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ModelError(
+            "no parameter of the model is trainable. Pass peft_config=LoraConfig(...), or load the adapter with "
+            "is_trainable=True."
+        )
+    if not isinstance(model, PeftModel) and is_quantized(model):
+        raise ModelError("a quantized model cannot be trained whole: pass peft_config=LoraConfig(...)")
+    _make_trainable_fp32(model, trainable)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _load(name: str | Path, args: DPOConfig, quantization_config: Any, *, adapted: bool) -> PreTrainedModel | PeftModel:
+    dtype = None
+    if "dtype" not in (args.model_init_kwargs or {}):
+        # Only a frozen base may have the compute dtype: what trains is fp32, under autocast.
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        dtype = compute if adapted else torch.float32
+    return load_model(
+        name,
+        dtype=dtype,
+        quantization_config=quantization_config,
+        trust_remote_code=args.trust_remote_code,
+        model_init_kwargs=args.model_init_kwargs,
+        device=args.device,
+        custom_modules=FUSED_LORA,
+    )
+
+
+def _make_trainable_fp32(model: PreTrainedModel | PeftModel, trainable: list[torch.nn.Parameter]) -> None:
+    if isinstance(model, PeftModel):
+        keep_adapters_fp32(model)
+        return
+    narrow = [parameter for parameter in trainable if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if narrow:
+        logger.warning(
+            "%d trainable parameters are %s; they train in fp32 from here on, since small steps vanish in 16 bits.",
+            len(narrow),
+            str(narrow[0].dtype).removeprefix("torch."),
+        )
+        model.float()
+
+
+def build_bundle(
+    policy: PreTrainedModel | PeftModel,
+    ref_model: str | Path | PreTrainedModel | PeftModel | None,
+    args: DPOConfig,
+    *,
+    is_new_adapter: bool,
+) -> ModelBundle:
+    """Give the policy its reference: adapters off, a copy of the adapter that training continues from, or a model.
+
+    Raises:
+        ConfigError: a reference for losses that need none, or TR-DPO with a reference that cannot be moved.
+    """
+    needs_reference = any(LOSSES[name].needs_reference for name in args.loss_type)
+    if ref_model is not None:
+        if not needs_reference:
+            raise ConfigError(f"ref_model is given, but loss_type={args.loss_type} compares with no reference")
+        if isinstance(policy, PeftModel) and args.sync_ref_model:
+            raise ConfigError("sync_ref_model moves the adapter's own reference; leave ref_model out")
+        if isinstance(ref_model, str | Path):
+            ref_model = _load(ref_model, args, None, adapted=isinstance(policy, PeftModel))
+        return _with_model(policy, ref_model, args)
+    if not needs_reference:
+        return ModelBundle(policy)
+    if isinstance(policy, PeftModel):
+        if args.sync_ref_model:
+            return ModelBundle(policy, adapters={REFERENCE: add_synced_reference(policy, continued=not is_new_adapter)})
+        return ModelBundle(policy, adapters={REFERENCE: None if is_new_adapter else reference_adapter(policy)})
+    if args.precompute_ref_log_probs:
+        return ModelBundle(policy)
+    return _with_model(policy, copy.deepcopy(policy), args)
+
+
+def _with_model(
+    policy: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel, args: DPOConfig
+) -> ModelBundle:
+    if policy.config.get_text_config().vocab_size != reference.config.get_text_config().vocab_size:
+        raise ModelError(
+            "the reference has another vocabulary than the policy "
+            f"({reference.config.get_text_config().vocab_size} and {policy.config.get_text_config().vocab_size} tokens)"
+        )
+    if args.disable_dropout:
+        disable_dropout(reference)
+    return ModelBundle(policy, reference=reference)
+
+
+def build_tokenizer(
+    processing_class: Any, model: str | Path | PreTrainedModel | PeftModel, args: DPOConfig
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a padding token; one that the caller passed is not changed.
+
+    Raises:
+        ModelError: not a tokenizer, or none can be found for the model.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        raise ModelError("alignkit trains on text: pass the processor's tokenizer as processing_class")
+    if processing_class is None:
+        kwargs = args.model_init_kwargs or {}
+        name = model if isinstance(model, str | Path) else model.config._name_or_path
+        return load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ModelError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}")
+    return with_pad_token(processing_class)
