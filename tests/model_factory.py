@@ -1,7 +1,9 @@
 """Tiny models of many architectures, built from configs without any download.
 
-`from tests.model_factory import tiny_model`: two layers, 128 tokens, seeded fp32 weights, evaluation mode (the configs keep their own dropout).
-Biases, norms and soft-caps are made non-trivial on purpose, so that a layer that is skipped or applied twice changes the output.
+`from tests.model_factory import tiny_model`: two layers, 128 tokens, seeded fp32 weights,
+evaluation mode (the configs keep their own dropout).
+Biases, norms and soft-caps are made non-trivial on purpose, so that a layer that is skipped or applied
+twice changes the output.
 """
 
 from __future__ import annotations

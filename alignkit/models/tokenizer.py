@@ -1,0 +1,78 @@
+"""Tokenizers: loading, and a padding token that is always there."""
+
+from __future__ import annotations
+
+import copy
+import struct
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alignkit.errors import ModelError
+from alignkit.models.source import Source, explain, locate
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return `tokenizer` if it can pad, else a copy that pads with its end-of-sequence token.
+
+    The object passed in is never changed. Padding with EOS is safe here because every mask in alignkit comes from
+    lengths, never from token ids.
+
+    Raises:
+        ModelError: the tokenizer has neither a padding nor an end-of-sequence token.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer of '{tokenizer.name_or_path}' has no pad token and no end-of-sequence token to pad with. "
+            'Set one first: tokenizer.pad_token = "..." with a token of its vocabulary.'
+        )
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.eos_token
+    return padded
+
+
+def load_tokenizer(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **hub_kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model's name or path and make sure that it can pad.
+
+    An adapter folder that holds no tokenizer uses its base model's. `"demo"` is the embedded demonstration model.
+
+    Args:
+        model: a name on the Hub, a folder, a `.gguf` file, an adapter, or `"demo"`.
+        revision: branch, tag or commit of `model` on the Hub.
+        trust_remote_code: allow tokenizer code from the repository to run.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `subfolder`, as for `from_pretrained`.
+
+    Raises:
+        ModelError: there is no such model, it holds no tokenizer, or the tokenizer has neither pad nor EOS token.
+    """
+    if revision is not None:
+        hub_kwargs["revision"] = revision
+    source = locate(model, hub_kwargs)
+    while source.adapter is not None and not _has_tokenizer(source):
+        source = locate(source.base, source.base_kwargs)
+    return with_pad_token(_from_pretrained(source, trust_remote_code))
+
+
+def _has_tokenizer(source: Source) -> bool:
+    # An adapter on the Hub is asked only for its own tokenizer where it is a local folder: one that was trained with
+    # added tokens saves it beside the adapter.
+    folder = Path(source.name)
+    return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
+def _from_pretrained(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    kwargs = dict(source.kwargs)
+    if source.gguf_file is not None:
+        kwargs["gguf_file"] = source.gguf_file
+    try:
+        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
+        raise ModelError(
+            f"No tokenizer could be loaded from '{source.name}': {explain(error, source.name)} "
+            "If the tokenizer lives elsewhere, load it yourself and pass it as processing_class."
+        ) from error
