@@ -9,28 +9,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from alignkit.data.collate import DPOCollator
+    from alignkit.data.prepare import prepare_preferences
+    from alignkit.data.show import show_example
+    from alignkit.data.sources import load_preferences
     from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError, ModelError, TrainingError
+    from alignkit.functional.preference import LOSSES
+    from alignkit.models.bundle import ModelBundle
+    from alignkit.models.load import int8, nf4
+    from alignkit.trainers.config import DPOConfig
+    from alignkit.trainers.dpo import DPOTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOSSES",
     "AlignkitError",
     "CheckpointError",
     "ConfigError",
+    "DPOCollator",
+    "DPOConfig",
+    "DPOTrainer",
     "DataError",
+    "ModelBundle",
     "ModelError",
     "TrainingError",
     "__version__",
+    "int8",
+    "load_preferences",
+    "nf4",
+    "prepare_preferences",
+    "show_example",
 ]
 
 # Where each public name lives. A new name needs a row here, one in `__all__` and one in the block above.
 _MODULE_OF = {
+    "DPOCollator": "alignkit.data.collate",
+    "prepare_preferences": "alignkit.data.prepare",
+    "show_example": "alignkit.data.show",
+    "load_preferences": "alignkit.data.sources",
     "AlignkitError": "alignkit.errors",
     "CheckpointError": "alignkit.errors",
     "ConfigError": "alignkit.errors",
     "DataError": "alignkit.errors",
     "ModelError": "alignkit.errors",
     "TrainingError": "alignkit.errors",
+    "LOSSES": "alignkit.functional.preference",
+    "ModelBundle": "alignkit.models.bundle",
+    "int8": "alignkit.models.load",
+    "nf4": "alignkit.models.load",
+    "DPOConfig": "alignkit.trainers.config",
+    "DPOTrainer": "alignkit.trainers.dpo",
 }
 
 
