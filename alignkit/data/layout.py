@@ -157,10 +157,24 @@ def pair_costs(lengths: Tensor, layout: str) -> Tensor:
 def token_bounded_chunks(costs: list[int], max_tokens: int | None) -> list[int]:
     """Group consecutive pairs so that each group costs at most `max_tokens`; return the group sizes.
 
-    A pair that alone exceeds the bound forms a group by itself. Order is kept, so chunking changes no result.
+    Groups are about equal, because a small remainder would use the machine badly. A pair that alone exceeds the bound
+    forms a group by itself. Order is kept, so chunking changes no result.
     """
     if max_tokens is None:
         return [len(costs)]
+    groups = _greedy(costs, max_tokens)
+    # The smallest bound that needs no more groups balances them.
+    low, high = max(1, sum(costs) // len(groups)), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_greedy(costs, middle)) <= len(groups):
+            high = middle
+        else:
+            low = middle + 1
+    return _greedy(costs, high)
+
+
+def _greedy(costs: list[int], max_tokens: int) -> list[int]:
     sizes, total = [], 0
     for cost in costs:
         if sizes and total + cost <= max_tokens:

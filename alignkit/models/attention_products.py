@@ -20,6 +20,11 @@ class Call(NamedTuple):
     query: tuple[int, int]  # [begin, end) on the row
     keys: tuple[tuple[int, int], ...]  # ranges on the row, in order
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.query[1] - self.query[0], sum(end - begin for begin, end in self.keys)
+
 
 class _Rule(NamedTuple):
     scale: float
@@ -55,77 +60,84 @@ def causal_products(
 class _CausalProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, calls, rule):
-        heads, tokens, _ = query.shape
-        out = query.new_empty(tokens, heads, value.shape[-1])
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        by_head = out.transpose(0, 1)
+        normalizers = []
         for call in calls:
             q, k, v = _operands(query, key, value, call)
-            probs = _probabilities(q, k, call, rule, heads // key.shape[0])[0]
-            _scatter(out.transpose(0, 1), call.query, torch.bmm(probs.to(v.dtype), v))
-        ctx.save_for_backward(query, key, value)
+            scores = _scores(q, k, call, rule)[0]
+            # PyTorch's bf16 maximum on a CPU is several times slower than a cast and the fp32 one.
+            largest = scores.to(_wide(scores)).amax(dim=-1, keepdim=True).to(scores.dtype)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
+            _write(by_head, call.query, torch.bmm(weights, v).div_(total))
+            normalizers.append((largest, total))
+        ctx.save_for_backward(query, key, value, *(tensor for pair in normalizers for tensor in pair))
         ctx.calls, ctx.rule = calls, rule
         return out
 
     @staticmethod
     def backward(ctx, grad):  # (T, Hq, D)
-        query, key, value = ctx.saved_tensors
+        query, key, value, *normalizers = ctx.saved_tensors
         # Laid out as the projections made them, (T, heads, D), so that no copy follows.
-        grads = [
-            torch.zeros_like(t.transpose(0, 1), memory_format=torch.contiguous_format) for t in (query, key, value)
-        ]
-        grad_query, grad_key, grad_value = (t.transpose(0, 1) for t in grads)
-        group = query.shape[0] // key.shape[0]
-        for call in ctx.calls:
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(t.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+            for t in (query, key, value)
+        )
+        for number, call in enumerate(ctx.calls):
+            largest, total = normalizers[2 * number : 2 * number + 2]
             q, k, v = _operands(query, key, value, call)
-            probs, slope = _probabilities(q, k, call, ctx.rule, group)
-            g = _gather(grad.transpose(0, 1), call.query).reshape(q.shape[0], q.shape[1], v.shape[-1])
-            low = probs.to(v.dtype)
-            _accumulate(grad_value, call.keys, torch.bmm(low.transpose(1, 2), g))
-            grad_scores = torch.bmm(g, v.transpose(1, 2)).to(probs.dtype)
-            grad_scores -= (grad_scores * probs).sum(-1, keepdim=True)
-            grad_scores.mul_(probs).mul_(ctx.rule.scale if slope is None else slope.mul_(ctx.rule.scale))
-            grad_scores = grad_scores.to(q.dtype)
-            _scatter(grad_query, call.query, torch.bmm(grad_scores, k))
-            _accumulate(grad_key, call.keys, torch.bmm(grad_scores.transpose(1, 2), q))
+            # Dividing the few columns of the incoming gradient by the row sums stands for dividing all weights.
+            g = grad.transpose(0, 1)[:, slice(*call.query)].reshape(q.shape[0], q.shape[1], v.shape[-1]) / total
+            g = g.to(v.dtype)
+            scores, slope = _scores(q, k, call, ctx.rule)
+            weights = scores.sub_(largest).exp_()
+            mixed = torch.bmm(weights, v)  # the output before normalisation: Σ_j p_j dp_j = g · out
+            inner = (mixed * g).sum(dim=-1, keepdim=True, dtype=_wide(g)).div_(total).to(g.dtype)
+            _add(grad_value, call.keys, torch.bmm(weights.transpose(1, 2), g))
+            grad_scores = torch.baddbmm(inner, g, v.transpose(1, 2), beta=-1).mul_(weights)
+            if slope is not None:
+                grad_scores.mul_(slope)
+            _write(grad_query, call.query, torch.bmm(grad_scores, k).mul_(ctx.rule.scale))
+            _add(grad_key, call.keys, torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.rule.scale))
         return grad_query, grad_key, grad_value, None, None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype that sums over a row are taken in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Iterator[Tensor]:
     """Yield q `(Hk, group · n, D)`, k and v `(Hk, m, D)` of one call: a key head meets its group in one product."""
-    q = _gather(query, call.query)
-    yield q.reshape(key.shape[0], -1, q.shape[-1])
+    yield query[:, slice(*call.query)].reshape(key.shape[0], -1, query.shape[-1])
     for tensor in (key, value):
-        yield torch.cat([tensor[:, begin:end] for begin, end in call.keys], dim=1)
+        parts = [tensor[:, begin:end] for begin, end in call.keys]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _probabilities(q: Tensor, k: Tensor, call: Call, rule: _Rule, group: int) -> tuple[Tensor, Tensor | None]:
-    """Return softmax rows `(Hk, group · n, m)` in fp32 or wider, and the soft-cap's slope where there is a cap."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    scores = (scores if scores.dtype == torch.float64 else scores.float()).mul_(rule.scale)
-    slope = None
-    if rule.softcap is not None:
-        scores = scores.div_(rule.softcap).tanh_()
-        slope = 1 - scores**2
-        scores = scores.mul_(rule.softcap)
-    n, m = call.query[1] - call.query[0], k.shape[1]
-    scores.view(k.shape[0], group, n, m).masked_fill_(_hidden(n, m, rule.window, q.device), -torch.inf)
-    return torch.softmax(scores, dim=-1), slope
+def _scores(q: Tensor, k: Tensor, call: Call, rule: _Rule) -> tuple[Tensor, Tensor | None]:
+    """Masked scores `(Hk, group · n, m)` in the dtype of q, and the soft-cap's slope where there is a cap."""
+    n, m = call.shape
+    bias = _bias(n, m, rule.window, q.dtype, q.device).expand(q.shape[1] // n, n, m).reshape(1, q.shape[1], m)
+    if rule.softcap is None:
+        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=rule.scale), None
+    capped = torch.bmm(q, k.transpose(1, 2)).mul_(rule.scale / rule.softcap).tanh_()
+    return (capped * rule.softcap).add_(bias), 1 - capped**2
 
 
-def _hidden(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """True where query `i` of `n` must not see key `j` of `m`; the last query stands at the last key."""
+def _bias(n: int, m: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zero where query `i` of `n` sees key `j` of `m`, else −∞; the last query stands at the last key. `(n, m)`."""
     distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None]
-    return distance < 0 if window is None else (distance < 0) | (distance >= window)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _gather(tensor: Tensor, span: tuple[int, int]) -> Tensor:
-    return tensor[:, span[0] : span[1]]
-
-
-def _scatter(target: Tensor, span: tuple[int, int], source: Tensor) -> None:
+def _write(target: Tensor, span: tuple[int, int], source: Tensor) -> None:
     view = target[:, span[0] : span[1]]
     view.copy_(source.view(view.shape))
 
 
-def _accumulate(target: Tensor, spans: tuple[tuple[int, int], ...], source: Tensor) -> None:
+def _add(target: Tensor, spans: tuple[tuple[int, int], ...], source: Tensor) -> None:
     for (begin, end), part in zip(spans, source.split([b - a for a, b in spans], dim=1), strict=True):
         target[:, begin:end] += part

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from alignkit.data.layout import LAYOUTS, Pairs
 from alignkit.errors import ConfigError, ModelError
 from alignkit.functional.logprobs import Logits
+from alignkit.models.attention import ATTENTION_NAME
 from alignkit.models.bundle import ModelBundle
 from alignkit.models.scoring import logits_of
 
@@ -71,6 +72,9 @@ def choose_layout(bundle: ModelBundle, pairs: Pairs, wanted: str, pad_token_id: 
     reason = cannot_pack(bundle.base.config)
     if reason is None:
         bundle.use_row_attention()
+        if bundle.attention_implementation != ATTENTION_NAME:
+            reason = "its attention does not go through transformers' attention interface"
+    if reason is None:
         for name in ("prefix_shared", "packed") if wanted == "auto" else (wanted,):
             score = partial(_token_logps, bundle, small, name, pad_token_id)
             reason = _disagreement(score, expected, tolerance)
@@ -97,7 +101,11 @@ def _shorten(pairs: Pairs) -> Pairs:
 
 @torch.no_grad()
 def _token_logps(bundle: ModelBundle, pairs: Pairs, layout: str, pad_token_id: int) -> Tensor:
-    return bundle.score(LAYOUTS[layout](pairs, pad_token_id)).logps
+    laid_out = LAYOUTS[layout](pairs, pad_token_id)
+    logps = bundle.score(laid_out).logps
+    if bundle.reference is None:
+        return logps
+    return torch.cat([logps, bundle.score_reference(laid_out).logps])  # it may be of another architecture
 
 
 def _disagreement(score: Callable[[], Tensor], expected: Tensor, tolerance_nats: float) -> str | None:

@@ -40,6 +40,7 @@ from alignkit.trainers.callbacks import dpo_callbacks
 from alignkit.trainers.config import DPOConfig, warn_low_lora_learning_rate
 from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metrics, add_pair_metrics, add_token_metrics
 from alignkit.trainers.objective import Objective
+from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reference_cache import with_reference_logps
 from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer
 
@@ -102,9 +103,8 @@ class DPOTrainer(Trainer):
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)
-        if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config = copy.copy(args.accelerator_config)
-            args.accelerator_config.dispatch_batches = False  # a batch's tensors differ in their first dimension
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
         super().__init__(
             model=policy,
             args=args,
@@ -126,6 +126,7 @@ class DPOTrainer(Trainer):
             self.accelerator.prepare_model(self.bundle.reference, evaluation_mode=True)
         for callback in dpo_callbacks(self.bundle, args, args.beta):
             self.add_callback(callback)
+        use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset, "train")

@@ -59,8 +59,9 @@ def add_pair_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairL
 
 def add_label_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor) -> None:
     """Record KTO's metrics: rewards and log-probs of desirable ("chosen") and undesirable ("rejected") rows."""
-    for name, rows in (("chosen", label), ("rejected", ~label)):
-        window.add(f"rewards/{name}", result.chosen_rewards[rows])
+    sides = {"chosen": (label, result.chosen_rewards), "rejected": (~label, result.rejected_rewards)}
+    for name, (rows, rewards) in sides.items():
+        window.add(f"rewards/{name}", rewards[rows])
         window.add(f"logps/{name}", policy.chosen[rows])
 
 

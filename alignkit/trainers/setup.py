@@ -15,6 +15,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.adapters import add_adapter, disable_dropout, keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import REFERENCE, ModelBundle
+from alignkit.models.fused import fuse_frozen_modules
 from alignkit.models.load import load_model
 from alignkit.models.lora import FUSED_LORA, is_quantized
 from alignkit.models.reference_sync import add_synced_reference
@@ -59,6 +60,8 @@ def build_policy(
     if not isinstance(model, PeftModel) and is_quantized(model):
         raise ModelError("a quantized model cannot be trained whole: pass peft_config=LoraConfig(...)")
     _make_trainable_fp32(model, trainable)
+    if isinstance(model, PeftModel):
+        fuse_frozen_modules(model.get_base_model())
     if args.disable_dropout:
         disable_dropout(model)
     return model
