@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs, DistributedType
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metric
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reference_cache import with_reference_logps
-from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer
+from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer, each_dataset, short_name
 
 AnyDataset = Dataset | IterableDataset | list
 
@@ -74,6 +74,9 @@ class DPOTrainer(Trainer):
 
     _tag_names = ("alignkit", "dpo")
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
+    args: DPOConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -92,13 +95,13 @@ class DPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
-        args = copy.copy(args) if args is not None else DPOConfig(f"{_short_name(model)}-DPO")
+        args = copy.copy(args) if args is not None else DPOConfig(f"{short_name(model)}-DPO")
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         train_dataset = prepare(train_dataset, "train")
-        eval_dataset = _each(eval_dataset, prepare, "eval")
+        eval_dataset = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
@@ -119,7 +122,7 @@ class DPOTrainer(Trainer):
         self._refuse_unsupported()
         self.objective = Objective.from_config(args, partial(self.accelerator.reduce, reduction="mean"))
         self._layout: str | None = None  # chosen on the first batch
-        self._max_tokens = self._token_budget()
+        self._max_tokens = forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._throughput = Throughput()
         if self.bundle.reference is not None:
@@ -130,7 +133,7 @@ class DPOTrainer(Trainer):
         self.model.add_model_tags(list(self._tag_names))
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
-            self.eval_dataset = _each(self.eval_dataset, self._with_reference, "eval")
+            self.eval_dataset = each_dataset(self.eval_dataset, self._with_reference, "eval")
 
     # --- data ---
 
@@ -318,18 +321,6 @@ class DPOTrainer(Trainer):
             for chunk, part in zip(chunks, tensor.detach().split(sizes), strict=True):
                 chunk[name] = part
 
-    def _token_budget(self) -> int | None:
-        """Tokens per forward pass, or `None` for whole micro-batches."""
-        asked = self.args.max_tokens_per_forward
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            if isinstance(asked, int):
-                raise ConfigError(
-                    "max_tokens_per_forward would give processes unequal numbers of forward passes, which FSDP and "
-                    "DeepSpeed cannot follow. Leave it out and bound memory with per_device_train_batch_size."
-                )
-            return None
-        return forward_budget_tokens(self.bundle.base, self.args) if asked == "auto" else asked
-
     def _offloading(self) -> contextlib.AbstractContextManager:
         pin = self.args.device.type == "cuda"
         return save_on_cpu(pin_memory=pin) if self.args.activation_offloading else contextlib.nullcontext()
@@ -393,17 +384,3 @@ class DPOTrainer(Trainer):
             raise ConfigError(
                 "a separate reference model does not work with ZeRO-3: use LoRA, or precompute_ref_log_probs"
             )
-
-
-def _short_name(model: str | Path | PreTrainedModel | PeftModel) -> str:
-    name = str(model) if isinstance(model, str | Path) else model.config._name_or_path
-    return Path(name).name or type(model).__name__
-
-
-def _each(datasets: Any, function: Callable[[Any, str], Any], name: str) -> Any:
-    """Apply `function` to a dataset or to each of a dict of them; `None` stays `None`."""
-    if datasets is None:
-        return None
-    if isinstance(datasets, Mapping):
-        return {key: function(dataset, f"{name}_{key}") for key, dataset in datasets.items()}
-    return function(datasets, name)

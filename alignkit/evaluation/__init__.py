@@ -1,0 +1,1 @@
+"""What a run achieved, measured on data that it did not train on."""

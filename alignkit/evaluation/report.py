@@ -1,0 +1,147 @@
+"""A run's results for people and programs: tables, `results.json`, and the margin's curve."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignkit.evaluation.generation import Answers
+from alignkit.evaluation.preference import Estimate, PreferenceSummary
+
+RESULTS_FILE = "results.json"
+_FILE_COLUMNS = 120
+_PROMPT_END = 300  # characters of a prompt that are shown: its last ones, where the question is
+
+logger = logging.getLogger(__name__)
+
+
+def report_console(*, quiet: bool) -> Console:
+    """Return a console for tables: as wide as the terminal, and 120 columns where output goes to a file."""
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(quiet=quiet, width=_FILE_COLUMNS)
+
+
+def before_after_table(before: PreferenceSummary, after: PreferenceSummary) -> Table:
+    """Return loss, accuracy and margin before and after, and what preferring the shorter completion would score."""
+    rows = "pairs" if after.is_paired else "completions"
+    table = Table(title=f"Held-out preferences: {after.rows} {rows}, 95 % intervals", title_justify="left")
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(heading, justify=justify)
+    table.add_row("loss", f"{before.loss:.4f}", f"{after.loss:.4f}")
+    table.add_row("reward accuracy", _accuracy(before), _accuracy(after))
+    table.add_row("reward margin", _interval(before.margin), _interval(after.margin))
+    table.add_section()
+    table.add_row("baseline: prefer the shorter", "", _interval(after.shorter))
+    return table
+
+
+def answers_table(answers: Sequence[Answers]) -> Table:
+    """Return prompts and answers side by side; a column is left out where nobody answered."""
+    table = Table(title="Greedy answers to held-out prompts", title_justify="left", show_lines=True)
+    has_reference = any(answer.reference is not None for answer in answers)
+    for heading in ("prompt", *(["before"] if has_reference else []), "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for answer in answers:
+        prompt = answer.prompt if len(answer.prompt) <= _PROMPT_END else "…" + answer.prompt[-_PROMPT_END:]
+        texts = [prompt, *([answer.reference or ""] if has_reference else []), answer.policy]
+        table.add_row(*map(Text, texts))
+    return table
+
+
+def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
+    """Write `results` to `results.json` in `folder`, through a temporary file; numbers that are not finite are null.
+
+    Summaries are written with their intervals, answers with their prompts; everything else must be plain JSON values.
+    """
+    path = Path(folder) / RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{RESULTS_FILE}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def margin_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path | None:
+    """Draw the reward margin over the steps of `trainer.state.log_history`; return the picture's path.
+
+    Without matplotlib, or without a margin in the log, this says so in one line of log and returns None.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning('No picture of the margin: matplotlib is missing (pip install "alignkit[plot]").')
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = {name: _curve(log_history, key) for name, key in _CURVES.items()}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        logger.warning("No picture of the margin: the log holds none.")
+        return None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "held out" else None)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="optimizer step", ylabel="reward margin (chosen - rejected)")
+    axes.legend()
+    figure.savefig(path, dpi=150, format="png")
+    return Path(path)
+
+
+_CURVES = {"training": "rewards/margins", "held out": "eval_rewards/margins"}
+
+
+def _curve(log_history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def _accuracy(summary: PreferenceSummary) -> str:
+    if summary.ties == summary.rows:
+        return f"{summary.accuracy.value:.3f} (all rewards equal)"
+    return _interval(summary.accuracy)
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]".replace("[", r"\[")
+
+
+def _plain(value: Any) -> Any:
+    """Turn summaries and answers into mappings, and numbers that JSON does not know into None."""
+    if isinstance(value, PreferenceSummary):
+        value = value.as_dict()
+    if isinstance(value, Answers):
+        value = {"prompt": value.prompt, "reference": value.reference, "policy": value.policy}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def how_to_load(folder: str | Path) -> str:
+    """Return the lines of Python that load what was saved in `folder` without alignkit."""
+    package, loader = ("peft", "AutoPeftModelForCausalLM")
+    if not (Path(folder) / "adapter_config.json").is_file():
+        package, loader = ("transformers", "AutoModelForCausalLM")
+    return (
+        f"Saved in {folder}. Load it with plain {package}:\n"
+        f"    from {package} import {loader}\n"
+        f'    model = {loader}.from_pretrained("{folder}")'
+    )

@@ -1,0 +1,141 @@
+"""Every YAML file and the notebook are what their programs read."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils import DistributedType
+
+from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments
+from alignkit.trainers.config import DPOConfig
+from tests.invariants.source_tree import ROOT
+
+RECIPES = ROOT / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
+NOTEBOOKS = sorted((RECIPES / "notebooks").glob("*.ipynb"))
+CARDS = ("8gb", "12gb", "16gb", "24gb", "t4")
+MODELS = ("qwen3-4b", "qwen3-8b", "llama-3.1-8b")
+
+
+def parsed(path: Path) -> tuple[ScriptArguments, ModelArguments, DPOConfig]:
+    return RecipeParser((ScriptArguments, ModelArguments, DPOConfig)).parse(["--config", str(path)])
+
+
+def test_there_is_a_config_for_every_model_and_card() -> None:
+    assert {path.stem for path in CONFIGS} == {f"{model}-{card}" for model in MODELS for card in CARDS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_read_and_means_what_it_says(path: Path) -> None:
+    script, model, args = parsed(path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert vars(model)["model_name_or_path"] == written["model_name_or_path"]
+    assert script.dataset_name == written["dataset_name"]
+    for name in ("max_length", "max_tokens_per_forward", "per_device_train_batch_size", "learning_rate", "beta"):
+        assert vars(args)[name] == written[name]
+    assert args.activation_checkpointing is True
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_bounds_memory_and_says_so(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    _, model, args = parsed(path)
+    assert isinstance(args.max_tokens_per_forward, int)
+    assert args.max_length is not None
+    assert 2 * args.max_length <= args.max_tokens_per_forward  # a pair, which is never split, fits one pass
+    comment = text[: text.index("max_tokens_per_forward:")].rstrip().splitlines()[-2:]
+    assert comment[0].startswith("# This number bounds the memory")
+    assert model.load_in_4bit or path.stem == "qwen3-4b-24gb"
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+    assert f"--config recipes/configs/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.endswith("-t4")], ids=lambda path: path.stem)
+def test_a_t4_is_not_told_to_use_bf16(path: Path) -> None:
+    assert not {"bf16", "fp16", "dtype"} & set(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+EXPECTED: dict[str, dict[str, Any]] = {
+    "single_gpu": {"distributed_type": DistributedType.NO, "num_processes": 1},
+    "ddp": {"distributed_type": DistributedType.MULTI_GPU, "num_processes": 2},
+    "fsdp2": {"distributed_type": DistributedType.FSDP, "num_processes": 2},
+    "zero2": {"distributed_type": DistributedType.DEEPSPEED, "num_processes": 2},
+    "zero3": {"distributed_type": DistributedType.DEEPSPEED, "num_processes": 2},
+}
+
+
+def test_there_is_an_accelerate_config_for_every_way_to_run() -> None:
+    assert {path.stem for path in ACCELERATE} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    for name, value in EXPECTED[path.stem].items():
+        assert vars(config)[name] == value
+    assert config.mixed_precision == "no"  # DPOConfig chooses by the device
+    assert not config.use_cpu
+
+
+def test_sharding_is_of_the_kind_that_the_file_is_named_for() -> None:
+    loaded = {path.stem: load_config_from_file(str(path)) for path in ACCELERATE}
+    assert loaded["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert loaded["zero2"].deepspeed_config["zero_stage"] == 2
+    assert loaded["zero3"].deepspeed_config["zero_stage"] == 3
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_valid(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert isinstance(notebook["metadata"], dict)
+    identifiers = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(identifiers)) == len(identifiers)
+    for cell in notebook["cells"]:
+        required = {"cell_type", "id", "metadata", "source"}
+        required |= {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
+        assert set(cell) == required
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+        assert all(isinstance(line, str) for line in cell["source"])
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def code_of(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return "\n".join(line for source in sources for line in source.splitlines() if not line.startswith("%"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_compile_and_every_name_exists(path: Path) -> None:
+    tree = ast.parse(code_of(path))
+    compile(tree, str(path), "exec")
+    modules: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert missing == [], f"{node.module} has no {missing}"
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id} has no {node.attr}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_options_exist(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(code_of(path))) if isinstance(node, ast.Call)]
+    (config,) = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "DPOConfig")
+    values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
+    assert DPOConfig(**values).learning_rate == 1e-4  # type: ignore[arg-type]
