@@ -1,0 +1,141 @@
+"""Layouts against tables written by hand: two pairs, unequal lengths, completions of one token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignkit.data.layout import (
+    LAYOUTS,
+    Block,
+    Pairs,
+    layout_function,
+    packed,
+    padded,
+    pair_costs,
+    prefix_shared,
+    token_bounded_chunks,
+)
+from alignkit.errors import ConfigError
+
+PAD = 99
+# Pair 0: prompt 10 11 12, chosen 20 21, rejected 30. Pair 1: prompt 13, chosen 22, rejected 31 32 33.
+PAIRS = Pairs(torch.tensor([10, 11, 12, 20, 21, 30, 13, 22, 31, 32, 33]), torch.tensor([[3, 2, 1], [1, 1, 3]]))
+TARGETS = [20, 21, 30, 22, 31, 32, 33]
+SEQUENCE_INDEX = [0, 0, 1, 2, 3, 3, 3]
+COMPLETION_POSITION = [0, 1, 0, 0, 0, 1, 2]
+
+
+def test_prefix_shared_table():
+    layout = prefix_shared(PAIRS, PAD)
+    assert layout.name == "prefix_shared"
+    assert layout.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 22, 31, 32, 33]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3]]
+    assert layout.attention_mask is None
+    assert layout.blocks == (Block(0, 3, (2, 1)), Block(6, 1, (1, 3)))
+    # The prompt's last position predicts the first token of both completions.
+    assert layout.score_index.tolist() == [2, 3, 2, 6, 6, 8, 9]
+    assert layout.tokens == 11
+
+
+def test_packed_table():
+    layout = packed(PAIRS, PAD)
+    assert layout.name == "packed"
+    assert layout.input_ids.tolist() == [[10, 11, 12, 20, 21, 10, 11, 12, 30, 13, 22, 13, 31, 32, 33]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
+    assert layout.attention_mask is None
+    assert layout.blocks == (Block(0, 5, ()), Block(5, 4, ()), Block(9, 2, ()), Block(11, 4, ()))
+    assert layout.score_index.tolist() == [2, 3, 7, 9, 11, 12, 13]
+    assert layout.tokens == 15
+
+
+def test_padded_table():
+    layout = padded(PAIRS, PAD)
+    assert layout.name == "padded"
+    assert layout.input_ids.tolist() == [
+        [10, 11, 12, 20, 21],
+        [10, 11, 12, 30, PAD],
+        [13, 22, PAD, PAD, PAD],
+        [13, 31, 32, 33, PAD],
+    ]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert layout.attention_mask.int().tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],
+    ]
+    assert layout.attention_mask.dtype == torch.bool
+    assert layout.blocks == ()
+    assert layout.score_index.tolist() == [2, 3, 7, 10, 15, 16, 17]
+    assert layout.tokens == 20
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_losses_see_does_not_depend_on_the_layout(name):
+    layout = LAYOUTS[name](PAIRS, PAD)
+    assert layout.targets.tolist() == TARGETS
+    assert layout.sequence_index.tolist() == SEQUENCE_INDEX
+    assert layout.completion_position.tolist() == COMPLETION_POSITION
+    assert layout.pair_tokens.chosen.tolist() == [2, 1]
+    assert layout.pair_tokens.rejected.tolist() == [1, 3]
+    assert layout.num_sequences == 4
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_padding_id_inside_a_completion_is_a_token(name):
+    """Masks come from lengths: a model whose pad token is its EOS still learns to stop."""
+    pairs = Pairs(torch.tensor([10, PAD, 20, PAD, 30, PAD]), torch.tensor([[2, 2, 2]]))
+    layout = LAYOUTS[name](pairs, PAD)
+    assert layout.targets.tolist() == [20, PAD, 30, PAD]
+    if name == "padded":
+        assert layout.attention_mask.all()
+
+
+def test_one_pair_of_single_tokens():
+    pairs = Pairs(torch.tensor([7, 8, 9]), torch.tensor([[1, 1, 1]]))
+    shared = prefix_shared(pairs, PAD)
+    assert shared.position_ids.tolist() == [[0, 1, 1]]
+    assert shared.score_index.tolist() == [0, 0]
+    assert shared.blocks == (Block(0, 1, (1, 1)),)
+    assert packed(pairs, PAD).score_index.tolist() == [0, 2]
+    assert padded(pairs, PAD).score_index.tolist() == [0, 2]
+    assert padded(pairs, PAD).input_ids.tolist() == [[7, 8], [7, 9]]
+
+
+def test_pair_costs_count_the_prompt_once_only_where_it_is_shared():
+    assert pair_costs(PAIRS.lengths, "prefix_shared").tolist() == [6, 5]
+    assert pair_costs(PAIRS.lengths, "packed").tolist() == [9, 6]
+    assert pair_costs(PAIRS.lengths, "padded").tolist() == [9, 6]
+    for name in ("prefix_shared", "packed"):
+        assert LAYOUTS[name](PAIRS, PAD).tokens == pair_costs(PAIRS.lengths, name).sum()
+
+
+@pytest.mark.parametrize(
+    ("costs", "max_tokens", "sizes"),
+    [
+        ([5, 3, 4, 9, 1], 8, [2, 1, 1, 1]),  # 5 + 3 fills it exactly; 9 alone exceeds it
+        ([5, 3, 4, 9, 1], 13, [3, 2]),
+        ([5, 3, 4, 9, 1], 1000, [5]),
+        ([5, 3, 4, 9, 1], 1, [1, 1, 1, 1, 1]),
+        ([5, 3, 4, 9, 1], None, [5]),
+        ([7], 3, [1]),
+    ],
+)
+def test_token_bounded_chunks(costs, max_tokens, sizes):
+    assert token_bounded_chunks(costs, max_tokens) == sizes
+
+
+def test_split_cuts_between_pairs():
+    first, second = PAIRS.split([1, 1])
+    assert first.input_ids.tolist() == [10, 11, 12, 20, 21, 30]
+    assert first.lengths.tolist() == [[3, 2, 1]]
+    assert second.input_ids.tolist() == [13, 22, 31, 32, 33]
+    assert second.lengths.tolist() == [[1, 1, 3]]
+    assert prefix_shared(second, PAD).score_index.tolist() == [0, 0, 2, 3]
+
+
+def test_unknown_layout_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"prefix_share.*Did you mean 'prefix_shared'"):
+        layout_function("prefix_share")
+    assert layout_function("packed") is packed
