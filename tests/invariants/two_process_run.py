@@ -1,0 +1,102 @@
+"""A DPO run that one process or several can make: `python -m torch.distributed.run ... -m <this module> FOLDER`.
+
+Every scenario trains on the same global batches, whatever the number of processes, and leaves its gradients, final
+adapter and logs in FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+
+from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.dpo import DPOTrainer
+from tests.model_factory import tiny_model
+from tests.tiny_preferences import (
+    QUIET,
+    RecordGradients,
+    adapter_weights,
+    character_tokenizer,
+    lora,
+    randomise_adapter,
+    token_rows,
+)
+
+GLOBAL_BATCH = 8
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "accumulation in pieces": {"gradient_accumulation_steps": 2, "max_tokens_per_forward": 40, "ld_alpha": 0.5},
+    # The KL estimate is a mean over all processes' rows, as in TRL.
+    "kto": {"loss_type": "kto", "beta": 0.5},
+    "kto in pieces": {"loss_type": "kto", "beta": 0.5, "max_tokens_per_forward": 40},
+}
+LOGGED = ("loss", "grad_norm", "eval_loss")
+LOGGED_PREFIXES = ("rewards/", "logps/", "eval_rewards/", "eval_logps/")
+
+
+def rows(count: int, *, seed: int, labelled: bool) -> Dataset:
+    """Token rows whose lengths differ, so that processes cut their batches into unequal numbers of pieces."""
+    made = token_rows(count, seed=seed)
+    for i, row in enumerate(made):
+        row["weight"] = 0.5 + i % 3
+        if labelled:
+            row["label"] = i % 3 == 0
+    return Dataset.from_list(made)
+
+
+def run(folder: Path, options: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Train two steps and evaluate; return what every number of processes must agree on."""
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    labelled = options.get("loss_type") == "kto"
+    recorder = RecordGradients()
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
+        "per_device_eval_batch_size": 4 // processes,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-4,  # keeps rounding noise from becoming whole steps
+        "max_grad_norm": 0.0,
+        "activation_checkpointing": False,
+        "max_tokens_per_forward": None,
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
+    trainer = DPOTrainer(
+        tiny_model("llama"),
+        args=DPOConfig(str(folder / "run"), **{**settings, **QUIET, **options}),
+        train_dataset=rows(2 * GLOBAL_BATCH, seed=0, labelled=labelled),
+        eval_dataset=rows(8, seed=1, labelled=labelled),
+        processing_class=character_tokenizer(),
+        peft_config=lora(),
+        callbacks=[recorder],
+    )
+    assert trainer.accelerator.num_processes == processes
+    randomise_adapter(trainer.model, seed=8)
+    trainer.train()
+    trainer.evaluate()
+    logs = [
+        {name: value for name, value in entry.items() if name in LOGGED or name.startswith(LOGGED_PREFIXES)}
+        for entry in trainer.state.log_history
+    ]
+    return {
+        "gradients": recorder.steps,
+        "weights": {name: weight.detach().clone() for name, weight in adapter_weights(trainer.model).items()},
+        "logs": [entry for entry in logs if entry],
+    }
+
+
+def main(folder: Path, processes: int) -> None:
+    """Run every scenario; the first process saves the results."""
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    results = {name: run(folder, options, processes) for name, options in SCENARIOS.items()}
+    if processes == 1 or torch.distributed.get_rank() == 0:
+        torch.save(results, folder / f"{processes}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), processes=2)
