@@ -39,10 +39,12 @@ def varlen_plan(calls: tuple[Call, ...], device: torch.device) -> VarlenPlan:
     return VarlenPlan(index.to(device), offsets[0], offsets[1], max(queries), max(keys))
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None):
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None
+) -> Tensor:
     """One flash-attention call for the whole row; causal masks align at the last query and the last key."""
     key, value = (t.transpose(0, 1).index_select(0, plan.key_index) for t in (key, value))
-    return varlen_attn(
+    out = varlen_attn(
         query.transpose(0, 1).contiguous(),
         key,
         value,
@@ -54,6 +56,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[0] != key.shape[1],
     )
+    assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
+    return out
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, calls: tuple[Call, ...], scale: float) -> Tensor:

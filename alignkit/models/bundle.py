@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -77,12 +77,13 @@ class ModelBundle:
     @property
     def attention_implementation(self) -> str:
         """The name under which the base finds its attention function."""
-        return self.base.config._attn_implementation
+        return self.base.config._attn_implementation or "eager"
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the base's activations, which its input embeddings set."""
-        return self.base.get_input_embeddings().weight.dtype
+        embeddings: Any = self.base.get_input_embeddings()
+        return embeddings.weight.dtype
 
     @property
     def can_reference(self) -> bool:
@@ -150,8 +151,10 @@ class ModelBundle:
         self._bases()[0].activation_checkpointing_enable(arguments, **options)
 
     def _bases(self) -> list[PreTrainedModel]:
-        models = [self.model] if self.reference is None else [self.model, self.reference]
-        return [model.get_base_model() if isinstance(model, PeftModel) else model for model in models]
+        models: list[Any] = [self.model] if self.reference is None else [self.model, self.reference]
+        return [
+            cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model for model in models
+        ]
 
     def _call(self, model: nn.Module, layout: Layout, request: Mapping[str, Any]) -> TokenScores:
         score = ScoreRequest(layout.score_index, layout.targets, **request)
@@ -168,12 +171,13 @@ class ModelBundle:
 
     def _wear(self, adapter: str | None) -> None:
         """Switch adapters without changing what is trainable: PEFT freezes every adapter that is not active."""
+        model: Any = self.model
         self._worn = adapter
         if adapter is None:
-            self.model.base_model.disable_adapter_layers()
+            model.base_model.disable_adapter_layers()
         else:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(adapter)
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         for parameter in self._frozen:

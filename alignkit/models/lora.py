@@ -20,6 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
+from alignkit.models.adapters import CustomModules
+
 
 def is_4bit(layer: nn.Module) -> bool:
     """Whether `layer` keeps its weight in bitsandbytes' 4-bit format."""
@@ -35,7 +37,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(not parameter.is_floating_point() for parameter in model.parameters())
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """Return the weight of a linear layer as a `(out, in)` matrix, dequantized where it is stored in 4 bits."""
     if not is_4bit(layer):
         return layer.weight
@@ -44,7 +46,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
+def frozen_linear(x: Tensor, layer: Any) -> Tensor:
     """`x Wᵀ + b` of a frozen linear layer; for 4-bit weights this bypasses the layer's own forward pass.
 
     On a CPU that pass repacks the 4-bit weight in place in evaluation mode, and gradients vanish below it afterwards.
@@ -79,6 +81,17 @@ class _LoraProduct(torch.autograd.Function):
 
 class FusedForward(nn.Module):
     """The forward pass that `FusedLoraLinear` and its 4-bit twin put before PEFT's own."""
+
+    # PEFT's layers set these; nn.Module's own attribute types say too little.
+    base_layer: Any
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
+    lora_dropout: Any
+    lora_variant: Any
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
@@ -126,7 +139,7 @@ def fused_lora_layer(target: nn.Module, adapter_name: str, config: LoraConfig, *
 
 
 # What `add_adapter` and `load_model` take as `custom_modules`; bitsandbytes' layers are `nn.Linear` too.
-FUSED_LORA = {nn.Linear: fused_lora_layer}
+FUSED_LORA: CustomModules = {nn.Linear: fused_lora_layer}
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -136,6 +149,7 @@ def keep_unpacked(model: nn.Module) -> None:
     it is zero from then on. Layers already repacked are restored; a hook keeps the others in training mode, which
     changes nothing else about them.
     """
+    module: Any
     for module in model.modules():
         if is_4bit(module) and module.weight.device.type == "cpu":
             module.register_forward_pre_hook(_in_training_mode)

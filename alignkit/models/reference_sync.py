@@ -9,6 +9,7 @@ taken (Eckart-Young, by QR and a small SVD), and the relative error is returned.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -83,5 +84,5 @@ def _best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
     return new_a, new_b, (sizes[kept:].norm().item() / total if total else 0.0)
 
 
-def _lora_layers(model: PeftModel) -> list[LoraLayer]:
+def _lora_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.functional.logprobs import (
@@ -28,7 +29,7 @@ from alignkit.functional.logprobs import (
 )
 from alignkit.models.lora import dense_weight
 
-# Diagnostics of a training step are taken on at most this many completion tokens, evenly spaced.
+# Diagnostics of a forward pass are taken on at most this many completion tokens, evenly spaced.
 STATISTICS_TOKENS = 128
 
 
@@ -74,7 +75,7 @@ def logits_of(config: PreTrainedConfig) -> Logits:
 class _Scoring:
     """The hooks' shared state: the open request and the hidden states that the head was about to be given."""
 
-    def __init__(self, head: nn.Module, logits: Logits):
+    def __init__(self, head: Any, logits: Logits):
         self.head, self.logits = head, logits
         self.request: ScoreRequest | None = None
         self.hidden: Tensor | None = None
@@ -117,7 +118,7 @@ class _Scoring:
         return self.head.forward(rows)
 
 
-def install_scoring(model: nn.Module) -> None:
+def install_scoring(model: PreTrainedModel | PeftModel) -> None:
     """Let `model(..., score=ScoreRequest(...))` return `TokenScores`; `model` is a causal LM or a PeftModel of one.
 
     Raises:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
+from alignkit.errors import ConfigError
 from alignkit.trainers.config import DPOConfig
 
 # On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
@@ -15,7 +19,26 @@ ACTIVATION_SHARE = 0.6
 FEWEST_TOKENS = 512
 
 
-def forward_budget_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
+def forward_budget_tokens(
+    base: PreTrainedModel, args: DPOConfig, distributed_type: DistributedType = DistributedType.NO
+) -> int | None:
+    """Return the tokens per forward pass that `max_tokens_per_forward` means, or `None` for whole micro-batches.
+
+    Raises:
+        ConfigError: a number, under FSDP or DeepSpeed.
+    """
+    asked = args.max_tokens_per_forward
+    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if isinstance(asked, int):
+            raise ConfigError(
+                "max_tokens_per_forward would give processes unequal numbers of forward passes, which FSDP and "
+                "DeepSpeed cannot follow. Leave it out and bound memory with per_device_train_batch_size."
+            )
+        return None
+    return _device_tokens(base, args) if isinstance(asked, str) else asked
+
+
+def _device_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
     """Estimate how many tokens fit one forward and backward pass on this process's device.
 
     The estimate counts what autograd keeps per token: with activation checkpointing one hidden state per layer and the
@@ -27,7 +50,8 @@ def forward_budget_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
     config = base.config.get_text_config().to_dict()
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     feed_forward = config.get("intermediate_size") or 4 * hidden
-    width_bytes = torch.finfo(base.get_input_embeddings().weight.dtype).bits // 8
+    embeddings: Any = base.get_input_embeddings()
+    width_bytes = torch.finfo(embeddings.weight.dtype).bits // 8
     layer_bytes = width_bytes * (14 * hidden + 5 * feed_forward)
     kept_bytes = layers * hidden * width_bytes + layer_bytes
     token_bytes = kept_bytes if args.activation_checkpointing else layers * layer_bytes

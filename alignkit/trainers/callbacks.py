@@ -31,7 +31,8 @@ class ProtectCheckpointing(TrainerCallback):
         self.bundle = bundle
 
     def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bundle.protect_checkpointing(args.activation_checkpointing_kwargs)
+        kwargs_of_torch: Any = args.activation_checkpointing_kwargs  # parsed by TrainingArguments by now
+        self.bundle.protect_checkpointing(kwargs_of_torch)
 
 
 class SyncReference(TrainerCallback):
@@ -45,12 +46,13 @@ class SyncReference(TrainerCallback):
         if state.global_step % args.ref_model_sync_steps:
             return
         alpha, bundle = args.ref_model_mixup_alpha, self.bundle
-        if bundle.reference is None:
-            error = sync_reference_adapter(bundle.model, bundle.adapters[POLICY], alpha=alpha)
+        if isinstance(bundle.model, PeftModel):
+            error = sync_reference_adapter(bundle.model, str(bundle.adapters[POLICY]), alpha=alpha)
             if error > 1e-3:
                 logger.info("sync_ref_model: the reference's rank cuts %.2g of the largest layer's change", error)
             return
-        for target, source in zip(bundle.reference.parameters(), bundle.model.parameters(), strict=True):
+        reference: Any = bundle.reference
+        for target, source in zip(reference.parameters(), bundle.model.parameters(), strict=True):
             target.lerp_(source.to(target), alpha)
 
 

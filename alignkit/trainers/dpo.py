@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -100,27 +100,28 @@ class DPOTrainer(Trainer):
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
-        train_dataset = prepare(train_dataset, "train")
-        eval_dataset = each_dataset(eval_dataset, prepare, "eval")
+        prepared: Any = prepare(train_dataset, "train")
+        prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)
-        args.accelerator_config = copy.copy(args.accelerator_config)
-        args.accelerator_config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
+        config: Any = copy.copy(args.accelerator_config)
+        config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
+        args.accelerator_config = config
         super().__init__(
             model=policy,
             args=args,
             data_collator=data_collator or DPOCollator(args.max_length),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=prepared,
+            eval_dataset=prepared_eval,
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self._refuse_unsupported()
-        self.objective = Objective.from_config(args, partial(self.accelerator.reduce, reduction="mean"))
+        self.objective = Objective.from_config(args, self._mean_over_processes)
         self._layout: str | None = None  # chosen on the first batch
         self._max_tokens = forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
@@ -168,9 +169,9 @@ class DPOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate as `Trainer` does; a dataset given here may be in any format that the constructor takes."""
-        if not isinstance(eval_dataset, Mapping):  # Trainer comes back here for each of a dict
-            eval_dataset = self._ready(eval_dataset, "eval")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # Trainer comes back here for each of a dict
+        ready: Any = eval_dataset if isinstance(eval_dataset, Mapping) else self._ready(eval_dataset, "eval")
+        return super().evaluate(ready, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -178,7 +179,7 @@ class DPOTrainer(Trainer):
         """Return `(chosen rewards, rejected rewards)`, each `(N,)`, as predictions, and the metrics."""
         output = super().predict(self._ready(test_dataset, "test"), ignore_keys, metric_key_prefix)
         means = self._windows["eval"].means(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        (output.metrics or {}).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -195,8 +196,8 @@ class DPOTrainer(Trainer):
     ) -> tuple[list, Tensor | None]:
         """Take the micro-batches of one optimizer step, and count their pairs over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(len(batch["lengths"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(pairs, reduction="sum")
+        pairs: Any = torch.tensor(sum(len(batch["lengths"]) for batch in batches), device=device)
+        return batches, cast(Tensor, self.accelerator.reduce(pairs, reduction="sum"))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
@@ -227,8 +228,7 @@ class DPOTrainer(Trainer):
     ) -> Any:
         """Return the batch's share of the step's mean loss; with `return_outputs`, the `PreferenceLoss` besides."""
         layout = self._lay_out(inputs)
-        scored = len(layout.targets)
-        few = even_sample(scored, STATISTICS_TOKENS if model.training else scored, layout.targets.device)
+        few = even_sample(len(layout.targets), STATISTICS_TOKENS, layout.targets.device)
         weighted = self.objective.use_weighting
         scores = self.bundle.score(layout, wrapped=model, statistics=few, square_sums=weighted)
         features = self.objective.features(scores, layout)
@@ -264,8 +264,12 @@ class DPOTrainer(Trainer):
         labels = inputs.get("label", torch.ones_like(result.losses, dtype=torch.bool))
         return loss.detach(), (result.chosen_rewards, result.rejected_rewards), labels
 
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+
     def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
-        pairs, pad = pairs_of(inputs), self.processing_class.pad_token_id
+        pairs = pairs_of(inputs)
+        pad = cast(int, self.processing_class.pad_token_id)
         if self._layout is None:
             self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
         return layout_function(self._layout)(pairs, pad)
@@ -294,8 +298,8 @@ class DPOTrainer(Trainer):
     def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if self._max_tokens is None:
             return [inputs]
-        self._lay_out(inputs)  # the first batch decides the layout, and with it what a pair costs
-        sizes = token_bounded_chunks(pair_costs(inputs["lengths"], self._layout).tolist(), self._max_tokens)
+        layout = self._lay_out(inputs).name  # what a pair costs depends on it
+        sizes = token_bounded_chunks(pair_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
         return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
 
     @torch.no_grad()
@@ -368,7 +372,7 @@ class DPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         # PEFT saves every adapter. A reference that never moves belongs to the run's start, not to its results.
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):

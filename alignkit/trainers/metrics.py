@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +42,7 @@ class MetricWindow:
             return {}
         names = sorted(self._sums)
         totals = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])  # (M, 2)
-        totals = accelerator.reduce(totals.to(accelerator.device), reduction="sum")
+        totals = cast(Tensor, accelerator.reduce(totals.to(accelerator.device), reduction="sum"))
         self._sums, self._counts = {}, {}
         return {name: (total / count) for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
 

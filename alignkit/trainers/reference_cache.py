@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from alignkit.data.collate import ID_COLUMNS
@@ -113,14 +113,14 @@ def _compute(trainer: DPOTrainer, dataset: Dataset, rows: list[tuple[int, ...]],
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     logps = torch.zeros(len(rows), 2, dtype=torch.float64)
     if args.place_model_on_device:
-        trainer.model.to(args.device)
+        cast(nn.Module, trainer.model).to(args.device)
     bar = tqdm(
         mine, desc=f"Reference log-probs, {name}", disable=args.disable_tqdm or not accelerator.is_local_main_process
     )
     for batch in bar:
         inputs = trainer.data_collator([dataset[row] for row in batch])
         logps[batch] = trainer.reference_logps(trainer._prepare_inputs(inputs)).double().cpu()
-    return accelerator.reduce(logps.to(accelerator.device), reduction="sum").cpu().float()
+    return cast(Tensor, accelerator.reduce(logps.to(accelerator.device), reduction="sum")).cpu().float()
 
 
 def _read(path: Path, rows: int) -> Tensor | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from alignkit.errors import ConfigError, ModelError
@@ -50,7 +52,7 @@ def build_policy(
             f"{name} applies when the model is loaded; this one is loaded already. Pass its name instead."
         )
     if peft_config is not None:
-        model = add_adapter(model, peft_config, custom_modules=FUSED_LORA)
+        model = add_adapter(cast(PreTrainedModel, model), peft_config, custom_modules=FUSED_LORA)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ModelError(
@@ -63,13 +65,20 @@ def build_policy(
     if isinstance(model, PeftModel):
         fuse_frozen_modules(model.get_base_model())
     if args.disable_dropout:
+        if isinstance(peft_config, LoraConfig) and peft_config.lora_dropout:
+            warnings.warn(
+                f"lora_dropout={peft_config.lora_dropout} has no effect, because disable_dropout=True (TRL's default) "
+                "sets every dropout to 0. Set one of the two.",
+                UserWarning,
+                stacklevel=3,
+            )
         disable_dropout(model)
     return model
 
 
 def _load(name: str | Path, args: DPOConfig, quantization_config: Any, *, adapted: bool) -> PreTrainedModel | PeftModel:
     dtype = None
-    if "dtype" not in (args.model_init_kwargs or {}):
+    if "dtype" not in _init_kwargs(args):
         # Only a frozen base may have the compute dtype: what trains is fp32, under autocast.
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         dtype = compute if adapted else torch.float32
@@ -78,10 +87,15 @@ def _load(name: str | Path, args: DPOConfig, quantization_config: Any, *, adapte
         dtype=dtype,
         quantization_config=quantization_config,
         trust_remote_code=args.trust_remote_code,
-        model_init_kwargs=args.model_init_kwargs,
+        model_init_kwargs=_init_kwargs(args),
         device=args.device,
         custom_modules=FUSED_LORA,
     )
+
+
+def _init_kwargs(args: DPOConfig) -> dict[str, Any]:
+    """`model_init_kwargs` as the mapping that the configuration has made of it."""
+    return cast("dict[str, Any]", args.model_init_kwargs or {})
 
 
 def _make_trainable_fp32(model: PreTrainedModel | PeftModel, trainable: list[torch.nn.Parameter]) -> None:
@@ -143,6 +157,21 @@ def _with_model(
     return ModelBundle(policy, reference=reference)
 
 
+def short_name(model: str | Path | PreTrainedModel | PeftModel) -> str:
+    """The last part of a model's name, to call a run by."""
+    name = str(model) if isinstance(model, str | Path) else model.config._name_or_path
+    return Path(name).name or type(model).__name__
+
+
+def each_dataset(datasets: Any, function: Callable[[Any, str], Any], name: str) -> Any:
+    """Apply `function` to a dataset, or to each of a dict of them; `None` stays `None`."""
+    if datasets is None:
+        return None
+    if isinstance(datasets, Mapping):
+        return {key: function(dataset, f"{name}_{key}") for key, dataset in datasets.items()}
+    return function(datasets, name)
+
+
 def build_tokenizer(
     processing_class: Any, model: str | Path | PreTrainedModel | PeftModel, args: DPOConfig
 ) -> PreTrainedTokenizerBase:
@@ -154,7 +183,7 @@ def build_tokenizer(
     if isinstance(processing_class, ProcessorMixin):
         raise ModelError("alignkit trains on text: pass the processor's tokenizer as processing_class")
     if processing_class is None:
-        kwargs = args.model_init_kwargs or {}
+        kwargs = _init_kwargs(args)
         name = model if isinstance(model, str | Path) else model.config._name_or_path
         return load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
