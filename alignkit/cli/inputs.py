@@ -79,6 +79,7 @@ def _hold_out(script: ScriptArguments, rows: int) -> Splits:
             f"dataset_test_split={script.dataset_test_split!r} would have no effect; give one of the two."
         )
     whole = _load(script, script.dataset_train_split)
+    assert isinstance(whole, Dataset)  # not streaming
     if len(whole) <= rows:
         raise ConfigError(f"holdout_rows={rows}: the training split has {len(whole)} rows, so none would be left.")
     return Splits(whole.select(range(len(whole) - rows)), whole.select(range(len(whole) - rows, len(whole))))
@@ -102,7 +103,8 @@ def _check_disjoint(script: ScriptArguments) -> None:
     train, test = _base(script.dataset_train_split), _base(script.dataset_test_split)
     if train != test and not _is_file(script):
         return
-    rows = 2**62 if script.dataset_streaming else len(_load(script, train))
+    whole = _load(script, train)
+    rows = len(whole) if isinstance(whole, Dataset) else 2**62
     first, second = (_bounds(split, rows) for split in (script.dataset_train_split, script.dataset_test_split))
     shared = range(max(first.start, second.start), min(first.stop, second.stop))
     if shared:

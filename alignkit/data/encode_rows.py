@@ -103,7 +103,7 @@ class RowEncoder:
         return prepared
 
     def _token_row(self, record: TokenRow) -> EncodedRow:
-        size = len(self.tokenizer.tokenizer)
+        size = 1 + max(self.tokenizer.tokenizer.get_vocab().values())  # ids may have gaps
         named = {"prompt_ids": record.prompt_ids, "chosen_ids": record.chosen_ids, "rejected_ids": record.rejected_ids}
         for column, ids in named.items():
             largest = max(ids)

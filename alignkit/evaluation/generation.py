@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def compare_answers(
     if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
         logger.warning("No answers are generated: the weights are spread over processes.")
         return []
-    tokenizer = trainer.processing_class
+    tokenizer = _tokenizer(trainer)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     policy = greedy_answers(trainer, prompts, role=POLICY, **options)
     base = greedy_answers(trainer, prompts, role=REFERENCE, **options) if trainer.bundle.can_reference else None
@@ -72,7 +72,7 @@ def greedy_answers(
     """
     if not all(prompts):
         raise ModelError(f"prompt {next(i for i, ids in enumerate(prompts) if not ids)} has no tokens")
-    bundle, tokenizer = trainer.bundle, trainer.processing_class
+    bundle, tokenizer = trainer.bundle, _tokenizer(trainer)
     separate = bundle.reference if role == REFERENCE else None
     model = bundle.model if separate is None else separate
     wearing = bundle.role(role) if separate is None else contextlib.nullcontext()
@@ -81,14 +81,23 @@ def greedy_answers(
         for start in range(0, len(prompts), batch_size):
             ids, mask = _left_padded(prompts[start : start + batch_size], tokenizer.pad_token_id, trainer.args.device)
             settings = _greedy(bundle.base, tokenizer, max_new_tokens)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # (B, T + new)
+            # PeftModel is typed as a plain module, which has no `generate`.
+            generate: Any = model.generate
+            output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # (B, T + new)
             answers += [_text(tokenizer, row) for row in output[:, ids.shape[1] :].tolist()]
     return answers
 
 
-def _greedy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _tokenizer(trainer: DPOTrainer) -> Any:
+    """The trainer's tokenizer, which Trainer types as any processor."""
+    return trainer.processing_class
+
+
+def _greedy(base: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     own = base.generation_config.eos_token_id if base.generation_config is not None else None
-    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    stops = {
+        token for token in [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id] if token is not None
+    }
     return GenerationConfig(
         do_sample=False,
         num_beams=1,

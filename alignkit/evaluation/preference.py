@@ -163,9 +163,8 @@ def summarize_preferences(trainer: DPOTrainer, dataset: Dataset | IterableDatase
         DataError: the rows are not prepared, or all labelled the same.
     """
     lengths = _completion_tokens(dataset)
-    output = trainer.predict(dataset)
+    output: Any = trainer.predict(dataset)
     chosen, rejected = output.predictions
-    assert output.metrics is not None
     loss = output.metrics["test_loss"]
     if trainer.objective.is_unpaired:
         return summarize_labelled(loss, chosen, output.label_ids, lengths[:, 0])
@@ -180,7 +179,7 @@ def _completion_tokens(dataset: Dataset | IterableDataset) -> NDArray[np.int64]:
             f"rows with the columns {list(columns)} are not prepared: pass trainer.eval_dataset, or what "
             "prepare_preferences returns."
         )
-    rows = dataset.select_columns(["chosen_ids", "rejected_ids"])
+    rows: Any = dataset.select_columns(["chosen_ids", "rejected_ids"])
     return np.array([(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows])
 
 

@@ -36,8 +36,9 @@ def before_after_table(before: PreferenceSummary, after: PreferenceSummary) -> T
     """Return loss, accuracy and margin before and after, and what preferring the shorter completion would score."""
     rows = "pairs" if after.is_paired else "completions"
     table = Table(title=f"Held-out preferences: {after.rows} {rows}, 95 % intervals", title_justify="left")
-    for heading, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(heading, justify=justify)
+    table.add_column("")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
     table.add_row("loss", f"{before.loss:.4f}", f"{after.loss:.4f}")
     table.add_row("reward accuracy", _accuracy(before), _accuracy(after))
     table.add_row("reward margin", _interval(before.margin), _interval(after.margin))

@@ -12,7 +12,7 @@ from alignkit.errors import ConfigError
 from alignkit.trainers.config import DPOConfig
 
 # On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 # Share of the memory that is free after loading which activations may take; the rest is for the optimizer, the head's
 # chunks and fragmentation.
 ACTIVATION_SHARE = 0.6
@@ -47,9 +47,9 @@ def _device_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
     """
     if args.device.type != "cuda":
         return CPU_TOKENS
-    config = base.config.get_text_config().to_dict()
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    feed_forward = config.get("intermediate_size") or 4 * hidden
+    config: Any = base.config.get_text_config()  # its attributes, unlike its dict, know GPT-2's own names
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    feed_forward = config.to_dict().get("intermediate_size") or 4 * hidden
     embeddings: Any = base.get_input_embeddings()
     width_bytes = torch.finfo(embeddings.weight.dtype).bits // 8
     layer_bytes = width_bytes * (14 * hidden + 5 * feed_forward)

@@ -177,6 +177,7 @@ class DPOConfig(TrainingArguments):
         for check in CHECKS:
             check(self)
         self.use_cpu = self.use_cpu or training_device().type == "cpu"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu  # torch warns of it on a CPU
         _choose_precision(self)
         super().__post_init__()
 

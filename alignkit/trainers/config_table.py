@@ -88,6 +88,7 @@ DIFFERENCES: dict[str, str] = {
     "optim_target_modules": "an error without a GaLore or APOLLO optimizer",
     "hub_strategy": "an error without `push_to_hub`",
     "hub_always_push": "an error without `push_to_hub`",
+    "dataloader_pin_memory": "switched off on a CPU, where there is nothing to pin for",
     "dataloader_persistent_workers": "an error without `dataloader_num_workers`",
     "dataloader_multiprocessing_context": "an error without `dataloader_num_workers`",
 }
@@ -190,7 +191,6 @@ AS_TRL: frozenset[str] = frozenset(
         "accelerator_config",
         "dataloader_drop_last",
         "dataloader_num_workers",
-        "dataloader_pin_memory",
         "dataloader_prefetch_factor",
         "dataloader_in_order",
         # several processes

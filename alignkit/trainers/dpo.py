@@ -42,7 +42,7 @@ from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metric
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reference_cache import with_reference_logps
-from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer, each_dataset, short_name
+from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer, check_columns, each_dataset, short_name
 
 AnyDataset = Dataset | IterableDataset | list
 
@@ -101,6 +101,7 @@ class DPOTrainer(Trainer):
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         prepared: Any = prepare(train_dataset, "train")
+        check_columns(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
@@ -342,11 +343,14 @@ class DPOTrainer(Trainer):
         policy: PairLogps,
     ) -> None:
         window = self._windows["train" if model.training else "eval"]
-        if self.objective.is_unpaired:
+        sequence = layout.sequence_index[few]
+        is_first = sequence % 2 == 0
+        if self.objective.is_unpaired:  # the second completion of a row only serves the KL estimate
             add_label_metrics(window, result, policy, inputs["label"])
+            add_token_metrics(window, scores, inputs["label"][sequence // 2], is_first)
         else:
             add_pair_metrics(window, result, policy)
-        add_token_metrics(window, scores, layout.sequence_index[few] % 2 == 0)
+            add_token_metrics(window, scores, is_first, torch.ones_like(is_first))
         if model.training:
             self._throughput.add(len(result.losses), layout.tokens)
 

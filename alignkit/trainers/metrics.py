@@ -66,15 +66,22 @@ def add_label_metrics(window: MetricWindow, result: PreferenceLoss, policy: Pair
         window.add(f"logps/{name}", policy.chosen[rows])
 
 
-def add_token_metrics(window: MetricWindow, scores: TokenScores, is_chosen: Tensor) -> None:
-    """Record diagnostics of sampled completion tokens; `is_chosen` says whose completion each belongs to, `(M,)`."""
+def add_token_metrics(window: MetricWindow, scores: TokenScores, is_chosen: Tensor, counts: Tensor) -> None:
+    """Record diagnostics of sampled completion tokens.
+
+    Args:
+        window: where they are added.
+        scores: with statistics of `M` tokens, or none.
+        is_chosen: whether a token belongs to a chosen (for KTO: desirable) completion, boolean `(M,)`.
+        counts: whether it counts at all, boolean `(M,)`.
+    """
     if scores.statistics is None:
         return
     entropy, mean_logit, is_top1 = scores.statistics
-    window.add("entropy", entropy)
-    window.add("logits/chosen", mean_logit[is_chosen])
-    window.add("logits/rejected", mean_logit[~is_chosen])
-    window.add("mean_token_accuracy", is_top1[is_chosen].double())
+    window.add("entropy", entropy[counts])
+    window.add("logits/chosen", mean_logit[is_chosen & counts])
+    window.add("logits/rejected", mean_logit[~is_chosen & counts])
+    window.add("mean_token_accuracy", is_top1[is_chosen & counts].double())
 
 
 class Throughput:

@@ -8,6 +8,7 @@ rank, batch size and layout are not in it, so a sweep over those pays once.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -76,15 +77,21 @@ def model_digest(bundle: ModelBundle) -> str:
     if isinstance(model, PeftModel):
         others = {name for name in model.peft_config if name != worn} if bundle.reference is None else set()
         if worn is not None:
-            digest.update(repr(sorted(model.peft_config[worn].to_dict().items(), key=str)).encode())
+            # Sets are sorted: their own order differs from process to process.
+            digest.update(json.dumps(model.peft_config[worn].to_dict(), sort_keys=True, default=sorted).encode())
     else:
         others = set()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items(), key=lambda item: _base_name(item[0])):
         if others & set(name.split(".")) or (worn is None and bundle.reference is None and ".lora_" in name):
             continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{_base_name(name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _base_name(name: str) -> str:
+    """A weight's name without PEFT's wrappers, so that it does not matter which layers an adapter sits on."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _key(trainer: DPOTrainer, dataset: Dataset) -> str:

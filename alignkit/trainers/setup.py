@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.adapters import add_adapter, disable_dropout, keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import REFERENCE, ModelBundle
@@ -170,6 +171,24 @@ def each_dataset(datasets: Any, function: Callable[[Any, str], Any], name: str) 
     if isinstance(datasets, Mapping):
         return {key: function(dataset, f"{name}_{key}") for key, dataset in datasets.items()}
     return function(datasets, name)
+
+
+def check_columns(dataset: Dataset | IterableDataset, args: DPOConfig) -> None:
+    """See that the losses can use the further columns of a prepared dataset.
+
+    Raises:
+        DataError: a `weight` column with losses that re-order the rows.
+    """
+    columns, specs = dataset.column_names or [], [LOSSES[name] for name in args.loss_type]
+    ordered = [spec.name for spec in specs if not spec.supports_weighting and not spec.unpaired]
+    if "weight" in columns and ordered:
+        raise DataError(f"the `weight` column cannot be used with {ordered}, which re-order the rows: remove it")
+    if "margin" in columns and not any("margin" in spec.reads for spec in specs):
+        logger.warning("The `margin` column is not used: only %s reads it.", _readers("margin"))
+
+
+def _readers(tensor: str) -> str:
+    return ", ".join(spec.name for spec in LOSSES.values() if tensor in spec.reads)
 
 
 def build_tokenizer(
