@@ -37,7 +37,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 7) -> list[dict[str, l
     draw = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(40, 120) for _ in range(draw.randint(low, high))]
+        return [draw.randrange(5, 98) for _ in range(draw.randint(low, high))]
 
     return [
         {"prompt_ids": ids(3, 9), "chosen_ids": ids(2, longest), "rejected_ids": ids(2, longest)} for _ in range(count)

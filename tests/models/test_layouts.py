@@ -12,6 +12,7 @@ from alignkit.data.layout import LAYOUTS
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.attention import ATTENTION_NAME
 from alignkit.models.bundle import ModelBundle
+from alignkit.models.fused import fuse_frozen_modules
 from alignkit.models.probe import cannot_pack, choose_layout
 from tests.model_factory import SLIDING_WINDOW, tiny_model
 from tests.pair_factory import (
@@ -44,6 +45,17 @@ SHARING = (
     "granite",
     "cohere2",
 )
+FUSED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "cohere2",
+)  # plain RMSNorm or SwiGLU
 IGNORING = ("bloom", "gptj")  # these swallow the attention function's keywords and run their own
 RELATIVE = 1e-5
 
@@ -78,6 +90,9 @@ def test_every_layout_gives_the_models_own_numbers(architecture):
         assert_scores(bundle, layout, logps, grads)
         # Padded rows go through transformers' SDPA path, packed ones through the batched products.
         assert bundle.kernels == (set() if layout == "padded" else {"products"})
+    # And once more as the trainer runs it.
+    assert (fuse_frozen_modules(bundle.base) > 0) == (architecture in FUSED)
+    assert_scores(bundle, "prefix_shared", logps, grads)
 
 
 @pytest.mark.parametrize("architecture", SHARING)
