@@ -103,12 +103,14 @@ class RowEncoder:
         return prepared
 
     def _token_row(self, record: TokenRow) -> EncodedRow:
-        size = 1 + max(self.tokenizer.tokenizer.get_vocab().values())  # ids may have gaps
+        size = self.tokenizer.vocabulary
         named = {"prompt_ids": record.prompt_ids, "chosen_ids": record.chosen_ids, "rejected_ids": record.rejected_ids}
         for column, ids in named.items():
             largest = max(ids)
             if largest >= size:
-                raise BadRow(DropReason.NOT_TOKEN_IDS, f"{column} holds {largest}, the tokenizer has {size} tokens")
+                raise BadRow(
+                    DropReason.NOT_TOKEN_IDS, f"{column} holds {largest}, the tokenizer's ids end at {size - 1}"
+                )
         return EncodedRow(record.prompt_ids, (record.chosen_ids, record.rejected_ids), not_prefix=False)
 
     def _truncate(self, encoded: EncodedRow, prepared: Prepared, *, is_pair: bool) -> list[list[int]]:

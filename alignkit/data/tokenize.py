@@ -76,10 +76,18 @@ class RecordTokenizer:
         self.tokenizer = tokenizer
         self._ending: list[int] | None = None
         self._alone: Callable[[str], list[int]] | None = None
+        self._vocabulary: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What was derived from the tokenizer is left out, so that two pickles (and dataset fingerprints) are equal.
-        return {"tokenizer": self.tokenizer, "_ending": None, "_alone": None}
+        return {"tokenizer": self.tokenizer, "_ending": None, "_alone": None, "_vocabulary": None}
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest token id; ids may have gaps, so this can exceed the number of tokens."""
+        if self._vocabulary is None:
+            self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
+        return self._vocabulary
 
     def encode(self, records: Sequence[Preference | Unpaired]) -> list[EncodedRow | BadRow]:
         """Encode a batch; a record that the template or the tokenizer refuses gives the error in its place.

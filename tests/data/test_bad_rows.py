@@ -155,7 +155,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], DropReason, str]] = {
         TOKENS,
         {"chosen_ids": [5, 9999]},
         IDS,
-        "chosen_ids holds 9999, the tokenizer has 38",
+        "chosen_ids holds 9999, the tokenizer",
     ),
     "tools not JSON": ({**CHAT, "tools": "[]"}, {"tools": "[f"}, ARGUMENTS, "tools is not JSON"),
     "tools not a list": ({**CHAT, "tools": "[]"}, {"tools": '{"a": 1}'}, ARGUMENTS, "tools is dict, not a list"),
