@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -114,7 +116,10 @@ def test_pair_costs_count_the_prompt_once_only_where_it_is_shared():
 @pytest.mark.parametrize(
     ("costs", "max_tokens", "sizes"),
     [
-        ([5, 3, 4, 9, 1], 8, [2, 1, 1, 1]),  # 5 + 3 fills it exactly; 9 alone exceeds it
+        ([5, 3, 4, 9, 1], 8, [1, 2, 1, 1]),  # 9 alone exceeds it; four groups are needed, and 5 | 7 beats 8 | 4
+        ([4, 4, 4, 1, 1, 1], 6, [1, 1, 1, 3]),
+        ([2] * 6, 9, [3, 3]),  # not 4 and 2
+        ([4, 4], 8, [2]),  # the bound itself is allowed
         ([5, 3, 4, 9, 1], 13, [3, 2]),
         ([5, 3, 4, 9, 1], 1000, [5]),
         ([5, 3, 4, 9, 1], 1, [1, 1, 1, 1, 1]),
@@ -124,6 +129,22 @@ def test_pair_costs_count_the_prompt_once_only_where_it_is_shared():
 )
 def test_token_bounded_chunks(costs, max_tokens, sizes):
     assert token_bounded_chunks(costs, max_tokens) == sizes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_chunks_keep_the_bound_and_are_as_few_as_can_be(seed):
+    draw = random.Random(seed)
+    costs = [draw.randint(1, 20) for _ in range(draw.randint(1, 12))]
+    bound = draw.randint(1, 60)
+    sizes = token_bounded_chunks(costs, bound)
+    assert sum(sizes) == len(costs)
+    rest = iter(costs)
+    groups = [[next(rest) for _ in range(size)] for size in sizes]
+    assert all(sum(group) <= bound or len(group) == 1 for group in groups)
+    fewest, room = 0, 0
+    for cost in costs:  # filling each group in turn needs the fewest
+        fewest, room = (fewest, room - cost) if cost <= room else (fewest + 1, bound - cost)
+    assert len(groups) == fewest
 
 
 def test_split_cuts_between_pairs():
