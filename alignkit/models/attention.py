@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from alignkit.data.layout import Block
 from alignkit.models import attention_cuda
-from alignkit.models.attention_products import Call, causal_products
+from alignkit.models.attention_products import Call, call_biases, causal_products
 
 ATTENTION_NAME = "alignkit"
 
@@ -36,6 +36,7 @@ class RowAttention:
         self.blocks = blocks
         self.calls = tuple(call for block in blocks for call in _calls(block))
         self.kernels: set[str] = set()
+        self._biases: dict[tuple[int | None, torch.dtype], list[Tensor]] = {}
         self._varlen: attention_cuda.VarlenPlan | None = None
         self._flex: dict[int | None, attention_cuda.BlockMask] = {}
 
@@ -61,7 +62,11 @@ class RowAttention:
             return attention_cuda.flex_rows(query, key, value, self._flex[window], scale, softcap)
         if kernel == "sdpa":
             return attention_cuda.sdpa_attention(query, key, value, self.calls, scale)
-        return causal_products(query, key, value, self.calls, scale, window, softcap)
+        key_of_biases = (window, query.dtype)
+        if key_of_biases not in self._biases:
+            group = query.shape[0] // key.shape[0]
+            self._biases[key_of_biases] = call_biases(self.calls, group, window, query.dtype, query.device)
+        return causal_products(query, key, value, self.calls, scale, window, softcap, self._biases[key_of_biases])
 
 
 def _calls(block: Block) -> Iterator[Call]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from alignkit.data.layout import Block
 from alignkit.models.attention_products import Call
+
+# torch 2.11 groups heads without being asked, and does not know the argument.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class VarlenPlan(NamedTuple):
@@ -54,7 +58,7 @@ def varlen_attention(
         plan.max_keys,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[0] != key.shape[1],
+        **GROUPED,
     )
     assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
     return out

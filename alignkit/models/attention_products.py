@@ -28,8 +28,30 @@ class Call(NamedTuple):
 
 class _Rule(NamedTuple):
     scale: float
-    window: int | None  # keys at a distance of `window` positions or more are hidden
     softcap: float | None
+
+
+def call_biases(
+    calls: tuple[Call, ...], group: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """What is added to each call's scores: 0 where a query sees a key, else −∞, `(1, group · n, m)`.
+
+    Layers with the same window share them, so a row makes them once.
+
+    Args:
+        calls: the row's calls.
+        group: query heads per key head.
+        window: keys at a distance of `window` positions or more are hidden; `None` for full attention.
+        dtype, device: of the scores.
+    """
+    biases = []
+    for call in calls:
+        n, m = call.shape
+        distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None]
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        bias = torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        biases.append(bias.repeat(group, 1).unsqueeze(0))
+    return biases
 
 
 def causal_products(
@@ -40,6 +62,7 @@ def causal_products(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    biases: list[Tensor] | None = None,
 ) -> Tensor:
     """`softmax(mask(cap(scale · q kᵀ))) v` for every call, grouped-query heads included.
 
@@ -50,22 +73,25 @@ def causal_products(
         scale: factor on the scores.
         window: sliding window in positions, `None` for full attention.
         softcap: `cap · tanh(score / cap)` before the mask (Gemma 2), `None` for none.
+        biases: `call_biases` of these calls and this window, if they were made before.
 
     Returns:
         `(T, Hq, D)`, contiguous.
     """
-    return _CausalProducts.apply(query, key, value, calls, _Rule(scale, window, softcap))
+    if biases is None:
+        biases = call_biases(calls, query.shape[0] // key.shape[0], window, query.dtype, query.device)
+    return _CausalProducts.apply(query, key, value, calls, biases, _Rule(scale, softcap))
 
 
 class _CausalProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, calls, rule):
+    def forward(ctx, query, key, value, calls, biases, rule):
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         by_head = out.transpose(0, 1)
         normalizers = []
-        for call in calls:
+        for call, bias in zip(calls, biases, strict=True):
             q, k, v = _operands(query, key, value, call)
-            scores = _scores(q, k, call, rule)[0]
+            scores = _scores(q, k, bias, rule)[0]
             # PyTorch's bf16 maximum on a CPU is several times slower than a cast and the fp32 one.
             largest = scores.to(_wide(scores)).amax(dim=-1, keepdim=True).to(scores.dtype)
             weights = scores.sub_(largest).exp_()
@@ -73,7 +99,7 @@ class _CausalProducts(torch.autograd.Function):
             _write(by_head, call.query, torch.bmm(weights, v).div_(total))
             normalizers.append((largest, total))
         ctx.save_for_backward(query, key, value, *(tensor for pair in normalizers for tensor in pair))
-        ctx.calls, ctx.rule = calls, rule
+        ctx.calls, ctx.biases, ctx.rule = calls, biases, rule
         return out
 
     @staticmethod
@@ -90,7 +116,7 @@ class _CausalProducts(torch.autograd.Function):
             # Dividing the few columns of the incoming gradient by the row sums stands for dividing all weights.
             g = grad.transpose(0, 1)[:, slice(*call.query)].reshape(q.shape[0], q.shape[1], v.shape[-1]) / total
             g = g.to(v.dtype)
-            scores, slope = _scores(q, k, call, ctx.rule)
+            scores, slope = _scores(q, k, ctx.biases[number], ctx.rule)
             weights = scores.sub_(largest).exp_()
             mixed = torch.bmm(weights, v)  # the output before normalisation: Σ_j p_j dp_j = g · out
             inner = (mixed * g).sum(dim=-1, keepdim=True, dtype=_wide(g)).div_(total).to(g.dtype)
@@ -100,7 +126,7 @@ class _CausalProducts(torch.autograd.Function):
                 grad_scores.mul_(slope)
             _write(grad_query, call.query, torch.bmm(grad_scores, k).mul_(ctx.rule.scale))
             _add(grad_key, call.keys, torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.rule.scale))
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -116,21 +142,12 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Iterator
         yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _scores(q: Tensor, k: Tensor, call: Call, rule: _Rule) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, bias: Tensor, rule: _Rule) -> tuple[Tensor, Tensor | None]:
     """Masked scores `(Hk, group · n, m)` in the dtype of q, and the soft-cap's slope where there is a cap."""
-    n, m = call.shape
-    bias = _bias(n, m, rule.window, q.dtype, q.device).expand(q.shape[1] // n, n, m).reshape(1, q.shape[1], m)
     if rule.softcap is None:
         return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=rule.scale), None
     capped = torch.bmm(q, k.transpose(1, 2)).mul_(rule.scale / rule.softcap).tanh_()
     return (capped * rule.softcap).add_(bias), 1 - capped**2
-
-
-def _bias(n: int, m: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zero where query `i` of `n` sees key `j` of `m`, else −∞; the last query stands at the last key. `(n, m)`."""
-    distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _write(target: Tensor, span: tuple[int, int], source: Tensor) -> None:

@@ -10,6 +10,7 @@ pass; autocast, which would cast at every use, is not involved. Adapter gradient
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
 from alignkit.models.adapters import CustomModules
+
+logger = logging.getLogger(__name__)
 
 
 def is_4bit(layer: nn.Module) -> bool:
@@ -146,15 +149,23 @@ def keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers on a CPU trainable below, whatever mode the model is in.
 
     One evaluation-mode forward pass without gradients repacks such a layer's weight in place, and every gradient below
-    it is zero from then on. Layers already repacked are restored; a hook keeps the others in training mode, which
-    changes nothing else about them.
+    it is zero from then on. A hook keeps these layers in training mode, which changes nothing else about them. Layers
+    that were repacked before are unpacked, as bitsandbytes does on saving: their scales stay rounded to bf16.
     """
+    restored = 0
     module: Any
     for module in model.modules():
         if is_4bit(module) and module.weight.device.type == "cpu":
             module.register_forward_pre_hook(_in_training_mode)
-            with torch.no_grad():
-                module(torch.zeros(0, module.in_features, dtype=torch.float32))
+            if vars(module.weight.quant_state).get("packing_format_for_cpu"):
+                module.state_dict()
+                restored += 1
+    if restored:
+        logger.warning(
+            "%d 4-bit layers had been repacked by an inference pass; they are unpacked again, which leaves their "
+            "scales rounded to bf16. Make the trainer before generating to avoid it.",
+            restored,
+        )
 
 
 def _in_training_mode(module: nn.Module, args: tuple) -> None:
