@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -83,14 +84,14 @@ def main() -> None:
     # 3. Model: a frozen base in the device's dtype, and an fp32 adapter on it.
     if not model_args.use_peft:
         kwargs.setdefault("dtype", "float32")  # what trains is fp32
-    model = load_model(
+    model: Any = load_model(
         name, quantization_config=model_args.to_quantization_config(), model_init_kwargs=kwargs, **remote
     )
     if peft_config is not None:
         model = add_adapter(model, peft_config)
     trainer = SFTTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     if model_args.use_peft:
-        keep_adapters_fp32(trainer.model)  # SFTTrainer rounds those of a quantized base to bf16
+        keep_adapters_fp32(model)  # SFTTrainer rounds those of a quantized base to bf16
 
     # 4. Train and save.
     if args.eval_strategy != "no":
