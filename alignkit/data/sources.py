@@ -82,7 +82,14 @@ def _demo_rows(split: str) -> list[dict[str, Any]]:
     splits = sorted({row["split"] for row in rows})
     if split not in splits:
         raise DataError(f"demo has no split {split!r}, only {splits}.{nearest(split, splits)}")
-    return [{key: value for key, value in row.items() if key != "split"} for row in rows if row["split"] == split]
+    return [_demo_row(row) for row in rows if row["split"] == split]
+
+
+def _demo_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a conversation: the set is for chat models, which as plain text would be continued, not answered."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    messages = {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
+    return {"id": row["id"], "category": row["category"], **messages}
 
 
 def _load_file(path: Path, cut: str, streaming: bool) -> Dataset | IterableDataset:

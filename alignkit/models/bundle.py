@@ -7,7 +7,7 @@ role is an adapter of the base, the base with all adapters off, or, for the refe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -63,9 +63,10 @@ class ModelBundle:
         self._worn = self.adapters.get(POLICY)  # the adapter that the base wears now
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        self._closers: list[Callable[[], None]] = []
         for each in (model, *([reference] if reference is not None else [])):
             keep_unpacked(each)
-            install_scoring(each)
+            self._closers.append(install_scoring(each))
         if reference is not None:
             reference.requires_grad_(False).eval()
 
@@ -157,7 +158,13 @@ class ModelBundle:
         ]
 
     def _call(self, model: nn.Module, layout: Layout, request: Mapping[str, Any]) -> TokenScores:
-        score = ScoreRequest(layout.score_index, layout.targets, **request)
+        try:
+            return self._forward(model, layout, ScoreRequest(layout.score_index, layout.targets, **request))
+        finally:
+            for close in self._closers:
+                close()
+
+    def _forward(self, model: nn.Module, layout: Layout, score: ScoreRequest) -> TokenScores:
         inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids, "use_cache": False}
         if not layout.blocks:
             return model(**inputs, attention_mask=layout.attention_mask, score=score)

@@ -7,8 +7,9 @@ it gives what the padded one gives.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -62,9 +63,15 @@ def choose_layout(bundle: ModelBundle, pairs: Pairs, wanted: str, pad_token_id: 
     """
     if wanted != "auto" and wanted not in LAYOUTS:
         raise ConfigError(f"layout={wanted!r} is unknown; choose from {sorted([*LAYOUTS, 'auto'])}")
-    small = _shorten(pairs)
+    with _without_dropout(bundle):
+        return _choose(bundle, _shorten(pairs), wanted, pad_token_id)
+
+
+def _choose(bundle: ModelBundle, small: Pairs, wanted: str, pad_token_id: int) -> str:
     own = bundle.attention_implementation
-    tolerance = TOLERANCE_NATS[bundle.compute_dtype]
+    device = small.input_ids.device.type
+    is_mixed = torch.is_autocast_enabled(device)  # a model that is trained whole: fp32 weights, 16-bit products
+    tolerance = TOLERANCE_NATS[torch.get_autocast_dtype(device) if is_mixed else bundle.compute_dtype]
     expected = _token_logps(bundle, small, "padded", pad_token_id)
     _check_head(bundle, small, expected, tolerance)
     if wanted == "padded":
@@ -88,6 +95,20 @@ def choose_layout(bundle: ModelBundle, pairs: Pairs, wanted: str, pad_token_id: 
         raise ModelError(f"layout={wanted!r} does not work with {architecture}: {reason}. Set layout='auto'.")
     logger.warning("layout: padded, because %s cannot run packed rows: %s", architecture, reason)
     return "padded"
+
+
+@contextlib.contextmanager
+def _without_dropout(bundle: ModelBundle) -> Iterator[None]:
+    """Probe in evaluation mode: two passes under dropout never agree."""
+    models = [bundle.model] if bundle.reference is None else [bundle.model, bundle.reference]
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _shorten(pairs: Pairs) -> Pairs:

@@ -8,6 +8,7 @@ DDP and FSDP expect everything that is trained. Any other call is left as it was
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,10 @@ class _Scoring:
         self.request, self.hidden = kwargs.pop("score", None), None
         return args, kwargs
 
+    def close(self) -> None:
+        """Forget the request, also after an interrupt: `generate` never passes `open`, and would be diverted."""
+        self.request = self.hidden = None
+
     def divert(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.request is None:
             return None
@@ -94,7 +99,7 @@ class _Scoring:
         request, hidden = self.request, self.hidden
         if request is None:
             return None
-        self.request = self.hidden = None
+        self.close()
         if hidden is None:
             raise ModelError(f"{type(module).__name__} never called its output head, so nothing can be scored")
         rows = hidden.reshape(-1, hidden.shape[-1])[request.index]  # (S, H)
@@ -118,8 +123,11 @@ class _Scoring:
         return self.head.forward(rows)
 
 
-def install_scoring(model: PreTrainedModel | PeftModel) -> None:
+def install_scoring(model: PreTrainedModel | PeftModel) -> Callable[[], None]:
     """Let `model(..., score=ScoreRequest(...))` return `TokenScores`; `model` is a causal LM or a PeftModel of one.
+
+    Returns:
+        A function to call when a scoring call has ended, however it ended.
 
     Raises:
         ModelError: the model has no output head.
@@ -131,6 +139,7 @@ def install_scoring(model: PreTrainedModel | PeftModel) -> None:
     model.register_forward_pre_hook(scoring.open, with_kwargs=True)
     head.register_forward_pre_hook(scoring.divert)
     model.register_forward_hook(scoring.score)
+    return scoring.close
 
 
 def even_sample(count: int, at_most: int, device: torch.device) -> Tensor:

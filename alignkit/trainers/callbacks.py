@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit.errors import TrainingError
+from alignkit.functional.preference import LOSSES
 from alignkit.models.bundle import POLICY, ModelBundle
 from alignkit.models.lora import is_quantized
 from alignkit.models.reference_sync import sync_reference_adapter
@@ -76,7 +77,8 @@ class DisplacementGuard(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "rewards/chosen" not in logs or self.has_warned:
+        # A window of unpaired rows may lack one side.
+        if logs is None or not {"rewards/chosen", "rewards/rejected"} <= logs.keys() or self.has_warned:
             return
         chosen, rejected = (logs[f"rewards/{side}"] / self.beta for side in ("chosen", "rejected"))
         self.windows = self.windows + 1 if max(chosen, rejected) < -DISPLACEMENT_NATS else 0
@@ -113,7 +115,9 @@ class LiveGradients(TrainerCallback):
 
 def dpo_callbacks(bundle: ModelBundle, args: DPOConfig, beta: float) -> list[TrainerCallback]:
     """Return the callbacks that a DPO run needs."""
-    callbacks: list[TrainerCallback] = [DisplacementGuard(beta)]
+    callbacks: list[TrainerCallback] = []
+    if any(LOSSES[name].needs_reference for name in args.loss_type):  # other rewards are no log-ratios
+        callbacks.append(DisplacementGuard(beta))
     if args.activation_checkpointing:
         callbacks.append(ProtectCheckpointing(bundle))
     if args.sync_ref_model:

@@ -33,6 +33,7 @@ from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
 from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
 from alignkit.models.adapters import REFERENCE_ADAPTER
+from alignkit.models.bundle import REFERENCE
 from alignkit.models.probe import choose_layout
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
 from alignkit.trainers.budget import forward_budget_tokens
@@ -272,13 +273,15 @@ class DPOTrainer(Trainer):
         pairs = pairs_of(inputs)
         pad = cast(int, self.processing_class.pad_token_id)
         if self._layout is None:
-            self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
+            with self.compute_loss_context_manager():
+                self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
         return layout_function(self._layout)(pairs, pad)
 
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
         layout = self._lay_out(inputs)
-        return self.objective.features(self._score_reference(self.model, layout), layout)[:, :2]
+        with self.compute_loss_context_manager():  # the precision of training
+            return self.objective.features(self._score_reference(self.model, layout), layout)[:, :2]
 
     def _score_reference(self, model: nn.Module, layout: Layout) -> TokenScores:
         if self.bundle.can_reference:
@@ -356,10 +359,9 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
-        evaluated = next(
-            (key.removesuffix("loss") for key in logs if key.endswith("_loss") and key != "train_loss"), None
-        )
-        if evaluated is not None:
+        losses = [key for key in logs if key.endswith("_loss") and key != "train_loss"]
+        if losses:
+            evaluated = min(losses, key=len).removesuffix("loss")  # `compute_metrics` may have added longer ones
             logs |= {evaluated + name: value for name, value in self._windows["eval"].means(self.accelerator).items()}
         elif "loss" in logs:
             logs |= self._windows["train"].means(self.accelerator)
@@ -379,7 +381,8 @@ class DPOTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         # PEFT saves every adapter. A reference that never moves belongs to the run's start, not to its results.
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):
+        has_reference = self.bundle.adapters.get(REFERENCE) == REFERENCE_ADAPTER  # else the folder is the user's own
+        if has_reference and self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):
             shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
 
     def _refuse_unsupported(self) -> None:

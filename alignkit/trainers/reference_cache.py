@@ -81,6 +81,10 @@ def model_digest(bundle: ModelBundle) -> str:
             digest.update(json.dumps(model.peft_config[worn].to_dict(), sort_keys=True, default=sorted).encode())
     else:
         others = set()
+    config = model.config.to_dict()  # equal weights under another RoPE scaling or soft-cap are another model
+    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: _base_name(item[0])):
         if others & set(name.split(".")) or (worn is None and bundle.reference is None and ".lora_" in name):
             continue

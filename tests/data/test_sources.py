@@ -67,7 +67,8 @@ def test_the_demo_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "demo.jsonl", rows)
     monkeypatch.setattr(sources, "DEMO_FILE", tmp_path / "demo.jsonl")
     assert [row["id"] for row in load_preferences("demo")] == [f"r{i}" for i in range(7)]
-    assert [row["prompt"] for row in load_preferences("demo", split="test[-2:]")] == ["p8", "p9"]
+    prompts = [row["prompt"] for row in load_preferences("demo", split="test[-2:]")]
+    assert prompts == [[{"role": "user", "content": name}] for name in ("p8", "p9")]
     assert [row["id"] for row in load_preferences("demo", split="test", streaming=True)] == ["r7", "r8", "r9"]
     with pytest.raises(DataError, match=r"demo has no split 'tran', only \['test', 'train'\]\. Did you mean 'train'\?"):
         load_preferences("demo", split="tran")

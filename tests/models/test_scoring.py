@@ -49,6 +49,20 @@ def test_generate_is_unchanged():
     assert torch.equal(found, plain)
 
 
+def test_generate_works_after_an_interrupted_scoring_pass():
+    """PEFT's `generate` calls the base past the hook that opens requests, so an open one would divert its head."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    bundle = our_bundle()
+    handle = bundle.base.model.layers[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.score(LAYOUTS["padded"](random_pairs(), PAD))
+    handle.remove()
+    assert bundle.model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3).shape == (1, 23)
+
+
 def test_a_request_through_a_peft_model_returns_scores_and_no_logits():
     bundle = our_bundle()
     with torch.no_grad():

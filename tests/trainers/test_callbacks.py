@@ -32,6 +32,7 @@ def arguments(**settings) -> types.SimpleNamespace:
             "activation_checkpointing": False,
             "sync_ref_model": False,
             "activation_checkpointing_kwargs": None,
+            "loss_type": ["sigmoid"],
             **settings,
         }
     )
@@ -100,6 +101,19 @@ def test_each_run_gets_the_callbacks_that_it_needs():
     assert names(bundle) == ["DisplacementGuard"]
     assert names(bundle, activation_checkpointing=True) == ["DisplacementGuard", "ProtectCheckpointing"]
     assert names(bundle, sync_ref_model=True) == ["DisplacementGuard", "SyncReference"]
+
+
+def test_rewards_without_a_reference_are_not_watched():
+    """CPO's rewards are β times log-probs, which lie far below 0 from the start."""
+    assert names(our_bundle(), loss_type=["cpo"]) == []
+    assert names(our_bundle(), loss_type=["cpo", "sigmoid"]) == ["DisplacementGuard"]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_window_of_unpaired_rows_may_lack_one_side(side):
+    guard = DisplacementGuard(BETA)
+    guard.on_log(arguments(), TrainerState(), TrainerControl(), logs={f"rewards/{side}": -2.0, "loss": 0.3})
+    assert guard.windows == 0
 
 
 def step(callback: SyncReference, number: int, *, every: int = 4, alpha: float = 0.6) -> None:
