@@ -106,6 +106,8 @@ def row_attention(
     if unsupported:
         raise ValueError(f"attention with {unsupported} is not supported on packed rows: set layout='padded'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Under autocast, rotary embeddings leave queries and keys in fp32 beside 16-bit values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     out = row(query[0], key[0], value[0], scale, kwargs.get("sliding_window"), kwargs.get("softcap"))
     return out.unsqueeze(0), None
 

@@ -135,8 +135,8 @@ class DPOTrainer(Trainer):
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
         if args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset, "train")
-            self.eval_dataset = each_dataset(self.eval_dataset, self._with_reference, "eval")
+            self.train_dataset = with_reference_logps(self, self.train_dataset, "train")
+            self.eval_dataset = each_dataset(self.eval_dataset, partial(with_reference_logps, self), "eval")
 
     # --- data ---
 
@@ -154,9 +154,6 @@ class DPOTrainer(Trainer):
         self.reports[name] = report
         return prepared
 
-    def _with_reference(self, dataset: Any, name: str) -> Any:
-        return with_reference_logps(self, dataset, name)
-
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*ID_COLUMNS, *EXTRA_COLUMNS]
 
@@ -165,7 +162,7 @@ class DPOTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         prepared = self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
-        return self._with_reference(prepared, name) if self.args.precompute_ref_log_probs else prepared
+        return with_reference_logps(self, prepared, name) if self.args.precompute_ref_log_probs else prepared
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -220,6 +217,10 @@ class DPOTrainer(Trainer):
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model), self._offloading():
                 loss += super().training_step(model, chunk, num_items_in_batch)
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
+        return self.accelerator.autocast()
 
     def compute_loss(
         self,
