@@ -135,7 +135,10 @@ def reference_adapter(model: PeftModel) -> str:
         ModelError: the model has a reference adapter already, or more than one active adapter.
     """
     if REFERENCE_ADAPTER in model.peft_config:
-        raise ModelError(f"The model has an adapter called '{REFERENCE_ADAPTER}' already.")
+        raise ModelError(
+            f"The model has an adapter called '{REFERENCE_ADAPTER}' already, perhaps from an earlier trainer. Remove "
+            f"it with model.delete_adapter('{REFERENCE_ADAPTER}'), or load the model anew."
+        )
     if len(model.active_adapters) != 1:
         raise ModelError(f"One adapter must be active to be copied; active are: {model.active_adapters}.")
     policy = model.active_adapters[0]

@@ -5,7 +5,8 @@ PEFT through `LoraConfig._register_custom_module`, and the layers that it makes 
 dropout, variants (DoRA), merged weights and several active adapters. What is saved is an ordinary PEFT adapter.
 
 Adapters are fp32 and stay so. A forward pass casts each to the compute dtype once and keeps the copy for the backward
-pass; autocast, which would cast at every use, is not involved. Adapter gradients are fp32.
+pass; autocast, which would cast at every use, is not involved. Adapter gradients are accumulated in fp32; each one is a
+product in the compute dtype.
 """
 
 from __future__ import annotations

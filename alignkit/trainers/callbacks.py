@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from alignkit.errors import TrainingError
+from alignkit.errors import CheckpointError, TrainingError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.bundle import POLICY, ModelBundle
 from alignkit.models.lora import is_quantized
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # the pairs of a window, in this many windows running.
 DISPLACEMENT_NATS = 5.0
 DISPLACEMENT_WINDOWS = 3
+# Optimizer steps with gradients of exactly zero, running, that a quantized base is allowed.
+DEAD_STEPS = 3
 
 
 class ProtectCheckpointing(TrainerCallback):
@@ -37,10 +39,20 @@ class ProtectCheckpointing(TrainerCallback):
 
 
 class SyncReference(TrainerCallback):
-    """TR-DPO (arXiv 2404.09656): move the reference towards the policy every `ref_model_sync_steps` steps."""
+    """TR-DPO (arXiv 2404.09656): move the reference towards the policy every `ref_model_sync_steps` steps.
+
+    A reference adapter is saved with every checkpoint; a whole reference model is not, so such a run cannot resume.
+    """
 
     def __init__(self, bundle: ModelBundle) -> None:
         self.bundle = bundle
+
+    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bundle.reference is not None and state.global_step >= args.ref_model_sync_steps:
+            raise CheckpointError(
+                f"sync_ref_model had moved the reference by step {state.global_step}, and checkpoints of a model that "
+                "is trained whole do not hold it. Start anew, or train a LoRA adapter, whose reference is saved."
+            )
 
     @torch.no_grad()
     def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -95,21 +107,28 @@ class DisplacementGuard(TrainerCallback):
 
 
 class LiveGradients(TrainerCallback):
-    """Stop when an adapter on a quantized base gets no gradient at all though the loss is not zero.
+    """Stop when a quantized base lets no gradient through.
 
-    Quantized layers can be repacked by an evaluation or a `generate`, after which training goes on with gradients of
-    exactly zero and nothing else to show for it.
+    An inference pass outside the trainer can repack 4-bit layers on a CPU, after which every gradient below them is
+    zero with nothing else to show for it. A single step without gradients may be healthy (a hinge loss that every pair
+    satisfies), several in a row are not.
     """
+
+    def __init__(self) -> None:
+        self.dead_steps = 0
 
     def on_pre_optimizer_step(
         self, args: DPOConfig, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if gradients and not any(bool(gradient.any()) for gradient in gradients):
+        if not gradients:
+            return
+        self.dead_steps = 0 if any(bool(gradient.any()) for gradient in gradients) else self.dead_steps + 1
+        if self.dead_steps == DEAD_STEPS:
             raise TrainingError(
-                f"step {state.global_step + 1}: every gradient is exactly zero, so nothing trains. On a quantized base "
-                "this means that its weights were repacked by an inference pass outside the trainer. Load the model "
-                "anew, and generate through the trainer's own model."
+                f"step {state.global_step + 1}: every gradient has been exactly zero for {DEAD_STEPS} steps, so nothing "
+                "trains. On a quantized base this means that its weights were repacked by an inference pass outside "
+                "the trainer. Load the model anew, and generate through the trainer's own model."
             )
 
 

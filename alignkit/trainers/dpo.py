@@ -392,7 +392,9 @@ class DPOTrainer(Trainer):
                 "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
                 "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if self.is_deepspeed_enabled and self.bundle.reference is not None and is_deepspeed_zero3_enabled():
+        if is_deepspeed_zero3_enabled() and (self.bundle.reference is not None or self.args.precompute_ref_log_probs):
+            raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
+        if self.is_fsdp_enabled and self.bundle.reference is not None:
             raise ConfigError(
-                "a separate reference model does not work with ZeRO-3: use LoRA, or precompute_ref_log_probs"
+                "a separate reference model is not sharded by FSDP: use LoRA, or precompute_ref_log_probs"
             )

@@ -128,9 +128,13 @@ def _compute(trainer: DPOTrainer, dataset: Dataset, rows: list[tuple[int, ...]],
     bar = tqdm(
         mine, desc=f"Reference log-probs, {name}", disable=args.disable_tqdm or not accelerator.is_local_main_process
     )
+    model = cast(nn.Module, trainer.model)
+    was_training = model.training
+    model.eval()  # dropout, where it is left on, must not reach what is kept
     for batch in bar:
         inputs = trainer.data_collator([dataset[row] for row in batch])
         logps[batch] = trainer.reference_logps(trainer._prepare_inputs(inputs)).double().cpu()
+    model.train(was_training)
     return cast(Tensor, accelerator.reduce(logps.to(accelerator.device), reduction="sum")).cpu().float()
 
 
@@ -143,7 +147,7 @@ def _read(path: Path, rows: int) -> Tensor | None:
     except (SafetensorError, KeyError, OSError) as error:
         logger.warning("%s cannot be read (%s); computing it anew", path, error)
         return None
-    return logps if logps.shape == (rows, 2) else None
+    return logps if logps.shape == (rows, 2) and bool(torch.isfinite(logps).all()) else None
 
 
 def _write(path: Path, logps: Tensor) -> None:

@@ -57,7 +57,9 @@ def rows_for(options: dict[str, Any], count: int = PAIRS) -> list[dict[str, Any]
     source = random.Random(5)
     rows = token_rows(count)
     for i, row in enumerate(rows):
-        row["weight"] = source.uniform(0.2, 2.0)
+        weight = source.uniform(0.2, 2.0)
+        if not str(options.get("loss_type", "")).startswith("aot"):  # they re-order the rows, so weights are refused
+            row["weight"] = weight
         if options.get("loss_type") == "kto":
             row["label"] = i % 3 == 0
     return rows
