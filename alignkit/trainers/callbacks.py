@@ -126,8 +126,8 @@ class LiveGradients(TrainerCallback):
         self.dead_steps = 0 if any(bool(gradient.any()) for gradient in gradients) else self.dead_steps + 1
         if self.dead_steps == DEAD_STEPS:
             raise TrainingError(
-                f"step {state.global_step + 1}: every gradient has been exactly zero for {DEAD_STEPS} steps, so nothing "
-                "trains. On a quantized base this means that its weights were repacked by an inference pass outside "
+                f"step {state.global_step + 1}: every gradient has been exactly zero for {DEAD_STEPS} steps, so "
+                "nothing trains. On a quantized base this means that its weights were repacked by an inference pass outside "
                 "the trainer. Load the model anew, and generate through the trainer's own model."
             )
 
