@@ -127,8 +127,8 @@ class LiveGradients(TrainerCallback):
         if self.dead_steps == DEAD_STEPS:
             raise TrainingError(
                 f"step {state.global_step + 1}: every gradient has been exactly zero for {DEAD_STEPS} steps, so "
-                "nothing trains. On a quantized base this means that an inference pass outside the trainer repacked its "
-                "weights. Load the model anew, and generate through the trainer's own model."
+                "nothing trains. On a quantized base this means that an inference pass outside the trainer "
+                "repacked its weights. Load the model anew, and generate through the trainer's own model."
             )
 
 
