@@ -12,7 +12,7 @@ from alignkit.errors import ConfigError
 from alignkit.trainers.config import DPOConfig
 
 # On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
-CPU_TOKENS = 1024
+CPU_TOKENS = 2048
 # Share of the memory that is free after loading which activations may take; the rest is for the optimizer, the head's
 # chunks and fragmentation.
 ACTIVATION_SHARE = 0.6
