@@ -58,7 +58,7 @@ def rows_for(options: dict[str, Any], count: int = PAIRS) -> list[dict[str, Any]
     rows = token_rows(count)
     for i, row in enumerate(rows):
         weight = source.uniform(0.2, 2.0)
-        if not str(options.get("loss_type", "")).startswith("aot"):  # they re-order the rows, so weights are refused
+        if "aot" not in str(options.get("loss_type")):  # those re-order the rows, so weights are refused
             row["weight"] = weight
         if options.get("loss_type") == "kto":
             row["label"] = i % 3 == 0
