@@ -19,6 +19,7 @@ adapter into its base, safety evaluation, and publishing.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, one_line_errors
 from alignkit.cli.inputs import load_splits, new_adapter
@@ -68,7 +69,8 @@ def main() -> None:
     console = report_console(quiet=not trainer.is_world_process_zero())
     for report in trainer.reports.values():
         console.print(report.table())
-    console.print(show_example(next(iter(trainer.train_dataset)), trainer.processing_class))
+    first: Any = next(iter(trainer.train_dataset))
+    console.print(show_example(first, trainer.processing_class))
 
     # 3. Before, training, after: on rows that are not trained on.
     held_out = trainer.eval_dataset

@@ -18,6 +18,8 @@ Left out here: pairs trained on as pairs (recipes/dpo_lora.py), answers side by 
 
 from __future__ import annotations
 
+from typing import Any
+
 from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, one_line_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
@@ -62,7 +64,8 @@ def main() -> None:
     console = report_console(quiet=not trainer.is_world_process_zero())
     for report in trainer.reports.values():
         console.print(report.table())
-    console.print(show_example(next(iter(trainer.train_dataset)), trainer.processing_class))
+    first: Any = next(iter(trainer.train_dataset))
+    console.print(show_example(first, trainer.processing_class))
 
     # 3. Before, training, after: how well rewards rank good answers above bad ones that were not trained on.
     held_out = trainer.eval_dataset
