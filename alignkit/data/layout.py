@@ -1,20 +1,23 @@
-"""How the pairs of a batch are laid out on the rows that a model sees.
+"""How the groups of a batch are laid out on the rows that a model sees.
 
-Three layouts carry the same tokens to the same losses:
+A group is one prompt and the C completions that continue it: a preference pair (chosen, rejected), the G answers of a
+rollout, or a single episode. Three layouts carry the same tokens to the same losses:
 
-- `prefix_shared`: one row, `[prompt | chosen | rejected]` pair after pair. The positions of `rejected` restart at the
-  prompt's end. No padding, no token twice.
-- `packed`: one row, `[prompt | chosen] [prompt | rejected]`. For models in which a sequence cannot branch.
-- `padded`: one sequence per row, chosen and rejected alternating, padded on the right. What every model understands.
+- `prefix_shared`: one row, `[prompt | completion | completion ...]` group after group. The positions of every
+  completion restart at the prompt's end. No padding, no token twice.
+- `packed`: one row, `[prompt | completion] [prompt | completion] ...`. For models in which a sequence cannot branch.
+- `padded`: one sequence per row, a group's completions one after another, padded on the right. What every model
+  understands.
 
-Sequences are numbered `2·i` (chosen of pair `i`) and `2·i + 1` (rejected); losses see `(2·B,)` sums and never learn
-which layout produced them.
+Sequences are numbered `C·i + j` (completion `j` of group `i`), so `2·i` is chosen and `2·i + 1` rejected; losses see
+`(C·B,)` sums and never learn which layout produced them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,27 +35,35 @@ class Block(NamedTuple):
     tails: tuple[int, ...]
 
 
-class Pairs(NamedTuple):
-    """Token ids of a batch of pairs, without any padding.
+class Groups(NamedTuple):
+    """Token ids of a batch of groups, without any padding.
 
     Attributes:
-        input_ids: `[prompt | chosen | rejected]` of every pair, `(N,)`.
-        lengths: tokens of prompt, chosen and rejected, `(B, 3)`, on the CPU.
+        input_ids: `[prompt | completion | completion ...]` of every group, `(N,)`.
+        lengths: tokens of the prompt and of each completion, `(B, 1 + C)`, on the CPU.
     """
 
     input_ids: Tensor
     lengths: Tensor
 
-    def split(self, pairs_per_part: list[int]) -> Iterator[Pairs]:
-        """Cut the batch into consecutive parts of the given numbers of pairs."""
-        lengths = self.lengths.split(pairs_per_part)
+    def split(self, groups_per_part: list[int]) -> Iterator[Groups]:
+        """Cut the batch into consecutive parts of the given numbers of groups."""
+        lengths = self.lengths.split(groups_per_part)
         tokens = self.input_ids.split([int(part.sum()) for part in lengths])
-        return (Pairs(*part) for part in zip(tokens, lengths, strict=True))
+        return (Groups(*part) for part in zip(tokens, lengths, strict=True))
+
+    def parts(self) -> list[tuple[Tensor, ...]]:
+        """The ids of each group's prompt and completions."""
+        flat = iter(self.input_ids.split(self.lengths.flatten().tolist()))
+        return list(zip(*[flat] * self.lengths.shape[1], strict=True))
+
+
+Pairs = Groups  # what preference data gives: groups of a chosen and a rejected completion, lengths (B, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A batch as one model call sees it, and where its completion tokens are scored.
+    """A batch as one model call sees it, and where its completions are scored.
 
     Attributes:
         input_ids, position_ids: `(R, T)`.
@@ -62,7 +73,9 @@ class Layout:
         targets: those completion tokens, `(S,)`.
         sequence_index: the sequence that each belongs to, `(S,)`, ascending.
         completion_position: its place in its completion, from 0, `(S,)`.
-        pair_tokens: completion lengths, `(B,)` each.
+        last_index: positions in the flattened `(R · T)` of each completion's last token, `(C·B,)`: the hidden state
+            that has seen the whole sequence, where a reward is read.
+        completion_tokens: lengths of the completions, `(B, C)`.
     """
 
     name: str
@@ -74,12 +87,18 @@ class Layout:
     targets: Tensor
     sequence_index: Tensor
     completion_position: Tensor
-    pair_tokens: PairTokens
+    last_index: Tensor
+    completion_tokens: Tensor
+
+    @property
+    def pair_tokens(self) -> PairTokens:
+        """Completion lengths of pairs, `(B,)` each."""
+        return PairTokens(*self.completion_tokens.unbind(1))
 
     @property
     def num_sequences(self) -> int:
-        """Completions in the batch, two for each pair."""
-        return 2 * len(self.pair_tokens.chosen)
+        """Completions in the batch, C for each group."""
+        return self.completion_tokens.numel()
 
     @property
     def tokens(self) -> int:
@@ -87,57 +106,61 @@ class Layout:
         return self.input_ids.numel()
 
 
-def prefix_shared(pairs: Pairs, pad_token_id: int) -> Layout:
-    """Lay `[prompt | chosen | rejected]` pair after pair on one row. `pad_token_id` is not needed."""
-    blocks, positions, score, start = [], [], [], 0
-    for prompt, chosen, rejected in pairs.lengths.tolist():
-        blocks.append(Block(start, prompt, (chosen, rejected)))
-        positions += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+def prefix_shared(groups: Groups, pad_token_id: int) -> Layout:
+    """Lay `[prompt | completion | completion ...]` group after group on one row. `pad_token_id` is not needed."""
+    blocks, positions, score, last, start = [], [], [], [], 0
+    for prompt, *completions in groups.lengths.tolist():
+        blocks.append(Block(start, prompt, tuple(completions)))
+        positions.append(torch.arange(prompt))
         last_prompt = torch.tensor([start + prompt - 1])
-        chosen_start, rejected_start = start + prompt, start + prompt + chosen
-        score += [last_prompt, torch.arange(chosen_start, chosen_start + chosen - 1)]
-        score += [last_prompt, torch.arange(rejected_start, rejected_start + rejected - 1)]
-        start = rejected_start + rejected
-    return _assemble("prefix_shared", pairs, pairs.input_ids[None], positions, blocks, score)
+        ends = list(accumulate(completions, initial=start + prompt))
+        for begin, end in pairwise(ends):
+            positions.append(torch.arange(prompt, prompt + end - begin))
+            score += [last_prompt, torch.arange(begin, end - 1)]
+            last.append(end - 1)
+        start = ends[-1]
+    return _assemble("prefix_shared", groups, groups.input_ids[None], positions, blocks, score, last)
 
 
-def packed(pairs: Pairs, pad_token_id: int) -> Layout:
-    """Lay `[prompt | chosen] [prompt | rejected]` one after another on one row. `pad_token_id` is not needed."""
-    blocks, positions, score, tokens, start = [], [], [], [], 0
-    for sequence, prompt in _sequences(pairs):
+def packed(groups: Groups, pad_token_id: int) -> Layout:
+    """Lay `[prompt | completion] [prompt | completion] ...` on one row. `pad_token_id` is not needed."""
+    blocks, positions, score, last, tokens, start = [], [], [], [], [], 0
+    for sequence, prompt in _sequences(groups):
         length = sequence.numel()
         blocks.append(Block(start, length, ()))
         positions.append(torch.arange(length))
         score.append(torch.arange(start + prompt - 1, start + length - 1))
         tokens.append(sequence)
         start += length
-    return _assemble("packed", pairs, torch.cat(tokens)[None], positions, blocks, score)
+        last.append(start - 1)
+    return _assemble("packed", groups, torch.cat(tokens)[None], positions, blocks, score, last)
 
 
-def padded(pairs: Pairs, pad_token_id: int) -> Layout:
+def padded(groups: Groups, pad_token_id: int) -> Layout:
     """Give every sequence a row of its own, padded on the right with `pad_token_id`."""
-    sequences = list(_sequences(pairs))
+    sequences = list(_sequences(groups))
     width = max(sequence.numel() for sequence, _ in sequences)
-    input_ids = pairs.input_ids.new_full((len(sequences), width), pad_token_id)
+    input_ids = groups.input_ids.new_full((len(sequences), width), pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool, device=input_ids.device)
-    score = []
+    score, last = [], []
     for row, (sequence, prompt) in enumerate(sequences):
         length = sequence.numel()
         input_ids[row, :length] = sequence
         mask[row, :length] = True
         score.append(torch.arange(row * width + prompt - 1, row * width + length - 1))
+        last.append(row * width + length - 1)
     positions = [torch.arange(width)] * len(sequences)
-    return _assemble("padded", pairs, input_ids, positions, [], score, mask)
+    return _assemble("padded", groups, input_ids, positions, [], score, last, mask)
 
 
-LAYOUTS: dict[str, Callable[[Pairs, int], Layout]] = {
+LAYOUTS: dict[str, Callable[[Groups, int], Layout]] = {
     "prefix_shared": prefix_shared,
     "packed": packed,
     "padded": padded,
 }
 
 
-def layout_function(name: str) -> Callable[[Pairs, int], Layout]:
+def layout_function(name: str) -> Callable[[Groups, int], Layout]:
     """Return the layout called `name`.
 
     Raises:
@@ -148,26 +171,27 @@ def layout_function(name: str) -> Callable[[Pairs, int], Layout]:
     return LAYOUTS[name]
 
 
-def pair_costs(lengths: Tensor, layout: str) -> Tensor:
-    """Positions that each pair costs in `layout` (padding not counted), `(B,)`."""
-    prompts = 1 if layout == "prefix_shared" else 2
-    return lengths[:, 0] * prompts + lengths[:, 1] + lengths[:, 2]
+def group_costs(lengths: Tensor, layout: str) -> Tensor:
+    """Positions that each group costs in `layout` (padding not counted), `(B,)`, from lengths `(B, 1 + C)`."""
+    completions = lengths.shape[1] - 1
+    prompts = 1 if layout == "prefix_shared" else completions
+    return lengths[:, 0] * prompts + lengths[:, 1:].sum(1)
 
 
 def token_bounded_chunks(costs: list[int], max_tokens: int | None) -> list[int]:
-    """Group consecutive pairs so that each group costs at most `max_tokens`; return the group sizes.
+    """Cut consecutive rows into chunks that cost at most `max_tokens` each; return the chunks' numbers of rows.
 
-    Groups are about equal, because a small remainder would use the machine badly. A pair that alone exceeds the bound
-    forms a group by itself. Order is kept, so chunking changes no result.
+    Chunks are about equal, because a small remainder would use the machine badly. A row that alone exceeds the bound
+    forms a chunk by itself. Order is kept, so chunking changes no result.
     """
     if max_tokens is None:
         return [len(costs)]
-    groups = _greedy(costs, max_tokens)
-    # The smallest bound that needs no more groups balances them.
-    low, high = max(1, sum(costs) // len(groups)), max_tokens
+    fewest = len(_greedy(costs, max_tokens))
+    # The smallest bound that needs no more chunks balances them.
+    low, high = max(1, sum(costs) // fewest), max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_greedy(costs, middle)) <= len(groups):
+        if len(_greedy(costs, middle)) <= fewest:
             high = middle
         else:
             low = middle + 1
@@ -186,32 +210,33 @@ def _greedy(costs: list[int], max_tokens: int) -> list[int]:
     return sizes
 
 
-def _sequences(pairs: Pairs) -> Iterator[tuple[Tensor, int]]:
-    """Yield every `(prompt + completion ids, prompt length)`, chosen and rejected alternating."""
-    parts = iter(pairs.input_ids.split(pairs.lengths.flatten().tolist()))
-    for prompt, chosen, rejected in zip(parts, parts, parts, strict=True):
-        for completion in (chosen, rejected):
+def _sequences(groups: Groups) -> Iterator[tuple[Tensor, int]]:
+    """Yield every `(prompt + completion ids, prompt length)`, a group's completions one after another."""
+    for prompt, *completions in groups.parts():
+        for completion in completions:
             yield torch.cat([prompt, completion]), prompt.numel()
 
 
 def _assemble(
     name: str,
-    pairs: Pairs,
+    groups: Groups,
     input_ids: Tensor,
     positions: list[Tensor],
     blocks: list[Block],
     score: list[Tensor],
+    last: list[int],
     attention_mask: Tensor | None = None,
 ) -> Layout:
     device = input_ids.device
-    completion_lengths = pairs.lengths[:, 1:].reshape(-1).cpu()  # (2B,)
+    lengths = groups.lengths.cpu()  # (B, 1 + C)
+    completion_lengths = lengths[:, 1:].reshape(-1)  # (C·B,)
     sequence_index = torch.repeat_interleave(torch.arange(completion_lengths.numel()), completion_lengths)
     starts = completion_lengths.cumsum(0) - completion_lengths
     completion_position = torch.arange(sequence_index.numel()) - starts[sequence_index]
-    # Completion tokens in sequence order: every part of [prompt | chosen | rejected] but the prompts.
-    is_completion = torch.repeat_interleave(
-        torch.tensor([False, True, True]).repeat(len(pairs.lengths)), pairs.lengths.flatten().cpu()
-    )
+    # Completion tokens in sequence order: every part of a group but its prompt.
+    is_completion = torch.ones_like(lengths, dtype=torch.bool)
+    is_completion[:, 0] = False
+    is_completion = torch.repeat_interleave(is_completion.flatten(), lengths.flatten())  # (N,)
     return Layout(
         name=name,
         input_ids=input_ids,
@@ -219,8 +244,9 @@ def _assemble(
         attention_mask=attention_mask,
         blocks=tuple(blocks),
         score_index=torch.cat(score).to(device),
-        targets=pairs.input_ids[is_completion.to(device)],
+        targets=groups.input_ids[is_completion.to(device)],
         sequence_index=sequence_index.to(device),
         completion_position=completion_position.to(device),
-        pair_tokens=PairTokens(*pairs.lengths[:, 1:].to(device).unbind(1)),
+        last_index=torch.tensor(last, device=device),
+        completion_tokens=lengths[:, 1:].to(device),
     )

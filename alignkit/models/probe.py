@@ -113,11 +113,10 @@ def _without_dropout(bundle: ModelBundle) -> Iterator[None]:
 
 def _shorten(pairs: Pairs) -> Pairs:
     """A few pairs, each part cut so that the probe costs little; branches and several pairs remain."""
-    parts = iter(pairs.input_ids.split(pairs.lengths.flatten().tolist()))
     kept: list[Tensor] = []
-    for prompt, chosen, rejected in list(zip(parts, parts, parts, strict=True))[:PROBE_PAIRS]:
-        kept += [prompt[-PROBE_TOKENS:], chosen[:PROBE_TOKENS], rejected[:PROBE_TOKENS]]
-    return Pairs(torch.cat(kept), torch.tensor([part.numel() for part in kept]).view(-1, 3))
+    for prompt, *completions in pairs.parts()[:PROBE_PAIRS]:
+        kept += [prompt[-PROBE_TOKENS:], *(ids[:PROBE_TOKENS] for ids in completions)]
+    return Pairs(torch.cat(kept), torch.tensor([part.numel() for part in kept]).view(-1, pairs.lengths.shape[1]))
 
 
 @torch.no_grad()
@@ -141,7 +140,7 @@ def _disagreement(score: Callable[[], Tensor], expected: Tensor, tolerance_nats:
 @torch.no_grad()
 def _check_head(bundle: ModelBundle, pairs: Pairs, scored: Tensor, tolerance_nats: float) -> None:
     """Compare with the model's own logits on the first completion: an unknown scaling of logits would show here."""
-    prompt, chosen, _ = pairs.lengths[0].tolist()
+    prompt, chosen = pairs.lengths[0, :2].tolist()
     ids = pairs.input_ids[: prompt + chosen][None]
     logits = bundle.model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1].float()
     own = torch.log_softmax(logits, -1).gather(-1, ids[0, prompt:, None]).squeeze(-1)

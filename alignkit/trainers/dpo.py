@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
 
 from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, pairs_of, split_batch
-from alignkit.data.layout import Layout, layout_function, pair_costs, token_bounded_chunks
+from alignkit.data.layout import Layout, layout_function, group_costs, token_bounded_chunks
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
@@ -304,7 +304,7 @@ class DPOTrainer(Trainer):
         if self._max_tokens is None:
             return [inputs]
         layout = self._lay_out(inputs).name  # what a pair costs depends on it
-        sizes = token_bounded_chunks(pair_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
+        sizes = token_bounded_chunks(group_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
         return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
 
     @torch.no_grad()

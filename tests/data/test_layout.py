@@ -10,11 +10,12 @@ import torch
 from alignkit.data.layout import (
     LAYOUTS,
     Block,
+    Groups,
     Pairs,
+    group_costs,
     layout_function,
     packed,
     padded,
-    pair_costs,
     prefix_shared,
     token_bounded_chunks,
 )
@@ -37,6 +38,7 @@ def test_prefix_shared_table():
     assert layout.blocks == (Block(0, 3, (2, 1)), Block(6, 1, (1, 3)))
     # The prompt's last position predicts the first token of both completions.
     assert layout.score_index.tolist() == [2, 3, 2, 6, 6, 8, 9]
+    assert layout.last_index.tolist() == [4, 5, 7, 10]
     assert layout.tokens == 11
 
 
@@ -48,6 +50,7 @@ def test_packed_table():
     assert layout.attention_mask is None
     assert layout.blocks == (Block(0, 5, ()), Block(5, 4, ()), Block(9, 2, ()), Block(11, 4, ()))
     assert layout.score_index.tolist() == [2, 3, 7, 9, 11, 12, 13]
+    assert layout.last_index.tolist() == [4, 8, 10, 14]
     assert layout.tokens == 15
 
 
@@ -70,6 +73,7 @@ def test_padded_table():
     assert layout.attention_mask.dtype == torch.bool
     assert layout.blocks == ()
     assert layout.score_index.tolist() == [2, 3, 7, 10, 15, 16, 17]
+    assert layout.last_index.tolist() == [4, 8, 11, 18]
     assert layout.tokens == 20
 
 
@@ -105,12 +109,72 @@ def test_one_pair_of_single_tokens():
     assert padded(pairs, PAD).input_ids.tolist() == [[7, 8], [7, 9]]
 
 
-def test_pair_costs_count_the_prompt_once_only_where_it_is_shared():
-    assert pair_costs(PAIRS.lengths, "prefix_shared").tolist() == [6, 5]
-    assert pair_costs(PAIRS.lengths, "packed").tolist() == [9, 6]
-    assert pair_costs(PAIRS.lengths, "padded").tolist() == [9, 6]
+def test_costs_count_the_prompt_once_only_where_it_is_shared():
+    assert group_costs(PAIRS.lengths, "prefix_shared").tolist() == [6, 5]
+    assert group_costs(PAIRS.lengths, "packed").tolist() == [9, 6]
+    assert group_costs(PAIRS.lengths, "padded").tolist() == [9, 6]
     for name in ("prefix_shared", "packed"):
-        assert LAYOUTS[name](PAIRS, PAD).tokens == pair_costs(PAIRS.lengths, name).sum()
+        assert LAYOUTS[name](PAIRS, PAD).tokens == group_costs(PAIRS.lengths, name).sum()
+
+
+# Group 0: prompt 10 11, completions 20 21 22, 30, 40 41. Group 1: prompt 12, completions 23, 31 32, 42.
+TRIPLES = Groups(
+    torch.tensor([10, 11, 20, 21, 22, 30, 40, 41, 12, 23, 31, 32, 42]), torch.tensor([[2, 3, 1, 2], [1, 1, 2, 1]])
+)
+
+
+def test_groups_of_three_share_one_prompt():
+    layout = prefix_shared(TRIPLES, PAD)
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 2, 3, 0, 1, 1, 2, 1]]
+    assert layout.blocks == (Block(0, 2, (3, 1, 2)), Block(8, 1, (1, 2, 1)))
+    assert layout.score_index.tolist() == [1, 2, 3, 1, 1, 6, 8, 8, 10, 8]
+    assert layout.last_index.tolist() == [4, 5, 7, 9, 11, 12]
+    assert layout.tokens == group_costs(TRIPLES.lengths, "prefix_shared").sum() == 13
+
+
+def test_groups_of_three_packed_and_padded():
+    on_one_row = packed(TRIPLES, PAD)
+    assert on_one_row.input_ids.tolist() == [
+        [10, 11, 20, 21, 22, 10, 11, 30, 10, 11, 40, 41, 12, 23, 12, 31, 32, 12, 42]
+    ]
+    assert on_one_row.last_index.tolist() == [4, 7, 11, 13, 16, 18]
+    assert on_one_row.tokens == group_costs(TRIPLES.lengths, "packed").sum() == 19
+    on_six_rows = padded(TRIPLES, PAD)
+    assert on_six_rows.input_ids[2].tolist() == [10, 11, 40, 41, PAD]
+    assert on_six_rows.last_index.tolist() == [4, 7, 13, 16, 22, 26]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_scored_in_groups_of_three(name):
+    layout = LAYOUTS[name](TRIPLES, PAD)
+    assert layout.targets.tolist() == [20, 21, 22, 30, 40, 41, 23, 31, 32, 42]
+    assert layout.sequence_index.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4, 5]
+    assert layout.completion_position.tolist() == [0, 1, 2, 0, 0, 1, 0, 0, 1, 0]
+    assert layout.completion_tokens.tolist() == [[3, 1, 2], [1, 2, 1]]
+    assert layout.num_sequences == 6
+    # The last token of a completion is a target too, and the position before it predicts it.
+    flat = layout.input_ids.flatten()
+    assert flat[layout.last_index].tolist() == [22, 30, 41, 23, 32, 42]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_single_completions(name):
+    """Episodes: a prompt and what was sampled, down to one token."""
+    episodes = Groups(torch.tensor([10, 11, 20, 12, 21, 22]), torch.tensor([[2, 1], [1, 2]]))
+    layout = LAYOUTS[name](episodes, PAD)
+    assert layout.targets.tolist() == [20, 21, 22]
+    assert layout.sequence_index.tolist() == [0, 1, 1]
+    flat = layout.input_ids.flatten()
+    assert flat[layout.last_index].tolist() == [20, 22]
+    assert flat[layout.score_index].tolist() == [11, 12, 21]
+    assert group_costs(episodes.lengths, name).tolist() == [3, 3]
+
+
+def test_parts_of_groups():
+    assert [[part.tolist() for part in group] for group in TRIPLES.parts()] == [
+        [[10, 11], [20, 21, 22], [30], [40, 41]],
+        [[12], [23], [31, 32], [42]],
+    ]
 
 
 @pytest.mark.parametrize(
