@@ -7,12 +7,14 @@ padding cost nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Scored = TypeVar("Scored")
 
 # fp32 logits that one chunk may hold. Small on a CPU: glibc serves blocks past 32 MiB by mmap, and faulting fresh
 # pages in costs several times the arithmetic; large enough on a GPU to fill it.
@@ -21,25 +23,37 @@ GPU_CHUNK_BYTES = 256 * 2**20
 
 
 class Logits(NamedTuple):
-    """How a model turns the product with its head into logits: `softcap · tanh(scale · z / softcap)`.
+    """How the product with the head becomes logits: `softcap · tanh(scale · z / softcap) / temperature`.
 
     `scale` is Cohere's `logit_scale` (or 1 / Granite's `logits_scaling`); `softcap` is Gemma 2's
-    `final_logit_softcapping`, `None` where there is none.
+    `final_logit_softcapping`, `None` where there is none. `temperature`, positive, is not the model's but the
+    sampler's: tokens that were drawn at a temperature have their log-probabilities under the distribution that they
+    were drawn from.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def __call__(self, product: Tensor) -> Tensor:
-        """Map the head's product to logits, in the product's own dtype, as the models themselves do."""
+        """Map the head's product to logits.
+
+        Scale and cap act in the product's own dtype, as in the models themselves; the temperature in fp32 at least, as
+        in a sampler.
+        """
         logits = product if self.scale == 1.0 else product * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.temperature == 1.0:
+            return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits with respect to the product, from the logits themselves (fp32)."""
+        slope = self.scale / self.temperature
         if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (logits / self.softcap) ** 2)
+            return slope
+        return slope * (1 - (logits * (self.temperature / self.softcap)) ** 2)
 
 
 class TokenStatistics(NamedTuple):
@@ -48,6 +62,13 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     mean_logit: Tensor
     is_top1: Tensor
+
+
+class LogpsEntropy(NamedTuple):
+    """Per token, each `(N,)` in nats and with gradient."""
+
+    logps: Tensor  # log-probability of the target
+    entropy: Tensor  # of the distribution that the target was drawn from
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
@@ -86,6 +107,25 @@ def frozen_head_logps(
     return out
 
 
+def frozen_head_logps_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logits: Logits = Logits()
+) -> LogpsEntropy:
+    """Log-probabilities of `targets` and entropies, both with gradient, under a head that is not trained itself.
+
+    `H = −Σ_v p_v log p_v`, with `∂H / ∂z_v = −p_v (log p_v + H)`. As in `frozen_head_logps`, both directions are formed
+    in the forward pass and merely multiplied in the backward pass: three products with the head in all. Arguments are
+    those of `frozen_head_logps`, and the log-probabilities are the same numbers.
+    """
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return LogpsEntropy(*_FrozenHeadWithEntropy.apply(hidden, weight, bias, targets, logits))
+    logps, entropy = (hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(2))
+    for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
+        logps[rows], entropy[rows] = _target_logps_entropy(z, targets[rows])
+    return LogpsEntropy(logps, entropy)
+
+
 def recomputed_head_logps(
     hidden: Tensor, project: Callable[[Tensor], Tensor], targets: Tensor, logits: Logits = Logits()
 ) -> Tensor:
@@ -104,14 +144,22 @@ def recomputed_head_logps(
     def score(h: Tensor, t: Tensor) -> Tensor:
         return _target_logps(logits(project(h)).to(_statistics_dtype(h)), t)
 
-    if hidden.shape[0] == 0:
-        return hidden.sum(-1).to(_statistics_dtype(hidden))
-    step = chunk_tokens(_vocabulary(project, hidden), hidden.device)
-    parts = [
-        checkpoint(score, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(step), targets.split(step), strict=True)
-    ]
-    return torch.cat(parts)
+    return torch.cat(_checkpointed(score, hidden, project, targets))
+
+
+def recomputed_head_logps_entropy(
+    hidden: Tensor, project: Callable[[Tensor], Tensor], targets: Tensor, logits: Logits = Logits()
+) -> LogpsEntropy:
+    """Log-probabilities of `targets` and entropies, both with gradient, under a head that is trained.
+
+    Same values as `frozen_head_logps_entropy`; arguments and memory as in `recomputed_head_logps`.
+    """
+
+    def score(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _target_logps_entropy(logits(project(h)).to(_statistics_dtype(h)), t)
+
+    logps, entropy = zip(*_checkpointed(score, hidden, project, targets), strict=True)
+    return LogpsEntropy(torch.cat(logps), torch.cat(entropy))
 
 
 @torch.no_grad()
@@ -133,7 +181,7 @@ def token_statistics(
     is_top1 = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     for rows, z in _logit_chunks(hidden, project, logits):
         logps = F.log_softmax(z, dim=-1)
-        entropy[rows] = -(logps.exp() * logps).sum(-1)
+        entropy[rows] = _entropy(logps, logps.exp())
         mean_logit[rows] = z.mean(-1)
         is_top1[rows] = z.argmax(-1) == targets[rows]
     return TokenStatistics(entropy, mean_logit, is_top1)
@@ -146,12 +194,9 @@ class _FrozenHead(torch.autograd.Function):
         direction = torch.empty_like(hidden)  # (N, H): d logp / d hidden
         for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
             slope = logits.slope(z)
-            target = targets[rows, None]  # (n, 1)
             logps = F.log_softmax(z, dim=-1)
-            out[rows] = logps.gather(-1, target).squeeze(-1)
-            difference = logps.exp_().neg_()  # −softmax, fp32
-            difference.scatter_add_(-1, target, torch.ones_like(target, dtype=difference.dtype))
-            difference *= slope
+            out[rows] = _gather(logps, targets[rows])
+            difference = _logps_slope(logps.exp_(), targets[rows]).mul_(slope)  # fp32
             torch.mm(difference.to(weight.dtype), weight, out=direction[rows])
         ctx.save_for_backward(direction)
         return out
@@ -160,6 +205,49 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, grad):  # (N,)
         (direction,) = ctx.saved_tensors
         return direction * grad.to(direction.dtype).unsqueeze(-1), None, None, None, None
+
+
+class _FrozenHeadWithEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, logits):  # (N, H), (V, H), (V,) | None, (N,)
+        out, entropy = (hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(2))
+        direction, entropy_direction = torch.empty_like(hidden), torch.empty_like(hidden)  # (N, H)
+        for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
+            slope = logits.slope(z)
+            logps = F.log_softmax(z, dim=-1)
+            out[rows] = _gather(logps, targets[rows])
+            probs = logps.exp()
+            entropy[rows] = _entropy(logps, probs)
+            entropy_slope = logps.add_(entropy[rows, None]).mul_(probs).mul_(slope).neg_()
+            torch.mm(entropy_slope.to(weight.dtype), weight, out=entropy_direction[rows])
+            difference = _logps_slope(probs, targets[rows]).mul_(slope)
+            torch.mm(difference.to(weight.dtype), weight, out=direction[rows])
+        ctx.save_for_backward(direction, entropy_direction)
+        return out, entropy
+
+    @staticmethod
+    def backward(ctx, grad, entropy_grad):  # (N,), (N,)
+        direction, entropy_direction = ctx.saved_tensors
+        total = direction * grad.to(direction.dtype).unsqueeze(-1)
+        total.addcmul_(entropy_direction, entropy_grad.to(direction.dtype).unsqueeze(-1))
+        return total, None, None, None, None
+
+
+def _logps_slope(probs: Tensor, targets: Tensor) -> Tensor:
+    """`δ_target − p`, `(n, V)`: derivative of the target's log-probability by the logits. Overwrites `probs`."""
+    target = targets[:, None]  # (n, 1)
+    return probs.neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=probs.dtype))
+
+
+def _checkpointed(
+    score: Callable[[Tensor, Tensor], Scored], hidden: Tensor, project: Callable[[Tensor], Tensor], targets: Tensor
+) -> list[Scored]:
+    """What `score(hidden, targets)` returns for each chunk; the backward pass computes a chunk again."""
+    if hidden.shape[0] == 0:
+        return [score(hidden, targets)]
+    step = chunk_tokens(_vocabulary(project, hidden), hidden.device)
+    chunks = zip(hidden.split(step), targets.split(step), strict=True)
+    return [checkpoint(score, h, t, use_reentrant=False) for h, t in chunks]
 
 
 def _logit_chunks(
@@ -178,7 +266,20 @@ def _vocabulary(project: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
 
 
 def _target_logps(z: Tensor, targets: Tensor) -> Tensor:
-    return F.log_softmax(z, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return _gather(F.log_softmax(z, dim=-1), targets)
+
+
+def _target_logps_entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logps = F.log_softmax(z, dim=-1)
+    return _gather(logps, targets), _entropy(logps, logps.exp())
+
+
+def _gather(logps: Tensor, targets: Tensor) -> Tensor:
+    return logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(logps: Tensor, probs: Tensor) -> Tensor:
+    return -(probs * logps).sum(-1)
 
 
 def _statistics_dtype(hidden: Tensor) -> torch.dtype:

@@ -12,8 +12,10 @@ from alignkit.functional.logprobs import (
     Logits,
     chunk_tokens,
     frozen_head_logps,
+    frozen_head_logps_entropy,
     log_sum_square_probs,
     recomputed_head_logps,
+    recomputed_head_logps_entropy,
     token_statistics,
 )
 
@@ -22,6 +24,8 @@ FORMS = {
     "scale": Logits(0.5),
     "softcap": Logits(softcap=2.0),
     "both": Logits(1.7, 3.0),
+    "temperature": Logits(temperature=0.7),
+    "all three": Logits(1.7, 3.0, 1.4),
 }
 VOCABULARY, WIDTH = 11, 5
 
@@ -40,7 +44,11 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
     z = F.linear(hidden, weight, bias) * form.scale
     if form.softcap is not None:
         z = form.softcap * torch.tanh(z / form.softcap)
-    return torch.log_softmax(z, -1)[torch.arange(len(targets)), targets]
+    return torch.log_softmax(z / form.temperature, -1)[torch.arange(len(targets)), targets]
+
+
+def naive_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Logits) -> Tensor:
+    return torch.distributions.Categorical(logits=form(F.linear(hidden, weight, bias))).entropy()
 
 
 @pytest.fixture(params=[False, True], ids=["one chunk", "chunks of 16"])
@@ -103,6 +111,73 @@ def test_trained_head_equals_naive(form):
         torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-10)
 
 
+def test_entropy_of_two_words_by_hand():
+    """Logits (0, ln 3): p = 1/4, 3/4, H = 0.5623351, ∂H/∂z₁ = −¾ (ln ¾ + H) = −0.2059898; dz₁/dh = ln 3 = 1.0986123."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0986123]])
+    found = frozen_head_logps_entropy(hidden, weight, None, torch.tensor([0]))
+    torch.testing.assert_close(found.entropy.detach(), torch.tensor([0.5623351]), rtol=1e-5, atol=0)
+    found.entropy.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[-0.2263029]]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.usefixtures("chunked")
+def test_logps_and_entropy_equal_naive(kind, form):
+    hidden, weight, bias, targets = inputs()
+    logits = FORMS[form]
+    leaves = [hidden] if kind == "frozen" else [hidden, weight.requires_grad_(), bias.requires_grad_()]
+
+    def score() -> logprobs.LogpsEntropy:
+        if kind == "frozen":
+            return frozen_head_logps_entropy(hidden, weight, bias, targets, logits)
+        return recomputed_head_logps_entropy(hidden, lambda h: F.linear(h, weight, bias), targets, logits)
+
+    up, other_up = torch.linspace(-1, 2, 40, dtype=torch.float64), torch.linspace(3, -1, 40, dtype=torch.float64)
+    expected = naive(hidden, weight, bias, targets, logits), naive_entropy(hidden, weight, bias, logits)
+    expected_grads = torch.autograd.grad((expected[0] * up + expected[1] * other_up).sum(), leaves)
+    found = score()
+    grads = torch.autograd.grad((found.logps * up + found.entropy * other_up).sum(), leaves)
+    for tensor, other in zip([*found, *grads], [*expected, *expected_grads], strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-10)
+    with torch.no_grad():
+        for tensor, other in zip(score(), expected, strict=True):
+            torch.testing.assert_close(tensor, other.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_beside_entropies_are_the_same_numbers(dtype):
+    """Bit for bit, in values and in their own gradient, whichever function scored them."""
+    hidden, weight, bias, targets = inputs(dtype=dtype)
+    alone = frozen_head_logps(hidden, weight, bias, targets, FORMS["all three"])
+    beside, entropy = frozen_head_logps_entropy(hidden, weight, bias, targets, FORMS["all three"])
+    assert torch.equal(alone, beside)
+    assert entropy.dtype == torch.float32
+    (grad,), (other,) = (torch.autograd.grad(logps.sum(), hidden) for logps in (alone, beside))
+    assert torch.equal(grad, other)
+    with torch.no_grad():
+        assert torch.equal(frozen_head_logps_entropy(hidden, weight, bias, targets, FORMS["all three"]).logps, alone)
+
+
+def test_temperature_divides_in_fp32():
+    """A bf16 model's logits are not rounded once more: log-probs are those of a sampler that divides fp32 logits."""
+    hidden, weight, _, targets = inputs(dtype=torch.bfloat16)
+    expected = torch.log_softmax(F.linear(hidden, weight).float() / 0.7, -1)[torch.arange(40), targets]
+    torch.testing.assert_close(frozen_head_logps(hidden, weight, None, targets, Logits(temperature=0.7)), expected)
+
+
+def test_high_temperature_is_uniform_and_low_temperature_is_greedy():
+    hidden, weight, bias, targets = inputs()
+    hot = frozen_head_logps_entropy(hidden, weight, bias, targets, Logits(temperature=1e9))
+    torch.testing.assert_close(hot.entropy, torch.full((40,), 2.3978953, dtype=torch.float64))  # ln 11
+    torch.testing.assert_close(hot.logps, -hot.entropy)
+    top = F.linear(hidden, weight, bias).argmax(-1)
+    cold = frozen_head_logps_entropy(hidden, weight, bias, top, Logits(temperature=1e-4))
+    assert cold.logps.min() > -1e-3
+    assert cold.entropy.max() < 1e-2
+
+
 @pytest.mark.usefixtures("chunked")
 def test_low_rank_head_equals_naive():
     """A LoRA'd head: the frozen weight gets no gradient, both factors do."""
@@ -126,6 +201,12 @@ def test_no_tokens_give_an_empty_result_that_has_a_gradient():
     ):
         assert logps.shape == (0,)
         (grad,) = torch.autograd.grad(logps.sum(), hidden)
+        assert grad.shape == (0, WIDTH)
+    for found in (
+        frozen_head_logps_entropy(hidden, weight, None, targets),
+        recomputed_head_logps_entropy(hidden, lambda h: h @ weight.t(), targets),
+    ):
+        (grad,) = torch.autograd.grad(found.logps.sum() + found.entropy.sum(), hidden)
         assert grad.shape == (0, WIDTH)
 
 
@@ -186,14 +267,14 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "frozen, entropy", "trained, entropy"])
 def test_no_tensor_of_tokens_by_vocabulary(kind, monkeypatch):
     """Nothing larger than one chunk of logits is ever made, and none of the logits is kept for the backward pass."""
     tokens, vocabulary = 400, 300
     monkeypatch.setattr(logprobs, "CPU_CHUNK_BYTES", 16 * 4 * vocabulary)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, WIDTH, generator=generator, requires_grad=True)
-    weight = torch.randn(vocabulary, WIDTH, generator=generator, requires_grad=kind == "trained")
+    weight = torch.randn(vocabulary, WIDTH, generator=generator, requires_grad=kind.startswith("trained"))
     targets = torch.arange(tokens) % vocabulary
     saved = [0]
 
@@ -204,7 +285,11 @@ def test_no_tensor_of_tokens_by_vocabulary(kind, monkeypatch):
     def score() -> Tensor:
         if kind == "frozen":
             return frozen_head_logps(hidden, weight, None, targets)
-        return recomputed_head_logps(hidden, lambda h: h @ weight.t(), targets)
+        if kind == "trained":
+            return recomputed_head_logps(hidden, lambda h: h @ weight.t(), targets)
+        if kind == "frozen, entropy":
+            return sum(frozen_head_logps_entropy(hidden, weight, None, targets))
+        return sum(recomputed_head_logps_entropy(hidden, lambda h: h @ weight.t(), targets))
 
     with LargestTensor() as largest:
         score().sum().backward()
@@ -220,10 +305,11 @@ def test_no_tensor_of_tokens_by_vocabulary(kind, monkeypatch):
     assert max(saved) >= tokens * vocabulary
 
 
-def test_backward_does_not_multiply_with_the_head_again(monkeypatch):
-    """Two products with a frozen head in all, both in the forward pass."""
+@pytest.mark.parametrize("score", [frozen_head_logps, lambda *args: sum(frozen_head_logps_entropy(*args))])
+def test_backward_does_not_multiply_with_the_head_again(score):
+    """All products with a frozen head are in the forward pass."""
     hidden, weight, _, targets = inputs(dtype=torch.float32)
-    logps = frozen_head_logps(hidden, weight, None, targets)
+    logps = score(hidden, weight, None, targets)
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         names: tuple[str, ...] = ()
