@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
 
 from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, pairs_of, split_batch
-from alignkit.data.layout import Layout, layout_function, group_costs, token_bounded_chunks
+from alignkit.data.layout import Layout, group_costs, layout_function, token_bounded_chunks
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
@@ -38,7 +38,8 @@ from alignkit.models.probe import choose_layout
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
 from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks import dpo_callbacks
-from alignkit.trainers.config import DPOConfig, warn_low_lora_learning_rate
+from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metrics, add_pair_metrics, add_token_metrics
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.progress import use_progress_display

@@ -12,9 +12,10 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.functional.divergence import DIVERGENCES
 from alignkit.functional.preference import LOSSES, LossOptions
-from alignkit.trainers import config as config_module
-from alignkit.trainers.config import DPOConfig, warn_low_lora_learning_rate
+from alignkit.trainers import config_engine as config_module
+from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_checks import NEEDS, RANGES
+from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.config_table import AS_TRL, DIFFERENCES, OWN_FIELDS, REFUSED, describe
 
 # A value of each refused option that is not accepted.
