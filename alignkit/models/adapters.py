@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError, nearest
+from alignkit.models.heads import SCORE, has_head
 
 REFERENCE_ADAPTER = "reference"
 
@@ -68,7 +69,7 @@ def add_adapter(
         _register(config, custom_modules)
     _check_modules_to_save(model, config)
     try:
-        with _peft_warnings():
+        with peft_warnings():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"The adapter does not fit the model: {error}{_nearest_module(model, config)}") from error
@@ -95,7 +96,7 @@ def continue_adapter(
     config.base_model_name_or_path = peft_config.base_model_name_or_path
     _register(config, custom_modules)
     try:
-        with _peft_warnings():
+        with peft_warnings():
             model = PeftModel.from_pretrained(base, str(name), is_trainable=True, config=config, **hub_kwargs)
     except (ValueError, RuntimeError, OSError, UserWarning) as error:
         raise ModelError(f"The adapter '{name}' cannot be put on its base: {str(error).splitlines()[0]}") from error
@@ -103,6 +104,48 @@ def continue_adapter(
     # Copies of base modules were created in the base's dtype, which rounded the saved fp32 weights: read them again.
     model.load_adapter(str(name), "default", is_trainable=True, **hub_kwargs)
     return model.train(base.training)
+
+
+def add_frozen_adapter(
+    model: PeftModel,
+    path: str | Path,
+    name: str,
+    peft_config: PeftConfig,
+    *,
+    custom_modules: CustomModules | None = None,
+    **hub_kwargs: Any,
+) -> None:
+    """Load a saved adapter beside those that `model` has, frozen, inactive and in fp32, without its dropout.
+
+    Raises:
+        ModelError: there is an adapter of that name, or the saved weights are not those of this base. Then the model
+            is left as it was.
+    """
+    if name in model.peft_config:
+        raise ModelError(f"the model has an adapter called '{name}' already; delete it, or load the model anew")
+    if isinstance(peft_config, LoraConfig):
+        peft_config.lora_dropout = 0.0
+    peft_config.inference_mode = True
+    _register(peft_config, custom_modules)
+    # Their own modes: PEFT leaves the new layers, or the whole model, in another one.
+    training = {module for module in model.modules() if module.training}
+    try:
+        with torch.random.fork_rng(devices=[]), peft_warnings():  # what is drawn here is overwritten
+            model.add_adapter(name, peft_config)
+        result = model.load_adapter(str(path), name, torch_device=str(model.device), **hub_kwargs)
+        misfits = [*result.missing_keys, *result.unexpected_keys]
+        if misfits:
+            raise ValueError(f"{len(misfits)} weights do not match, such as {misfits[0]}")
+    except (ValueError, RuntimeError, OSError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise ModelError(
+            f"The adapter '{path}' does not fit this base, so it was trained on another one: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+    finally:
+        for module in model.modules():
+            module.training = module in training
 
 
 def keep_adapters_fp32(model: PeftModel) -> None:
@@ -211,7 +254,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _peft_warnings() -> Iterator[None]:
+def peft_warnings() -> Iterator[None]:
     """Turn the one warning of PEFT's that must stop a run into an error, and drop the one that concerns PEFT alone."""
     with warnings.catch_warnings():
         # Weights missing from an adapter's file: PEFT would go on with random ones.
@@ -252,13 +295,14 @@ def _checked_copy(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig
     config = copy.deepcopy(peft_config)
     if isinstance(config, LoraConfig):
         _check_lora(config)
-    has_head = model.get_output_embeddings() is not None
+    task = None
+    if model.get_output_embeddings() is not None:
+        task = TaskType.SEQ_CLS if has_head(model, SCORE) else TaskType.CAUSAL_LM
     if config.task_type is None:
-        config.task_type = TaskType.CAUSAL_LM if has_head else None
-    elif has_head and config.task_type != TaskType.CAUSAL_LM:
-        raise ModelError(
-            f"peft_config has task_type '{config.task_type}' for a causal language model: use 'CAUSAL_LM'."
-        )
+        config.task_type = task
+    elif task is not None and config.task_type != task:
+        kind = "reward model" if task is TaskType.SEQ_CLS else "causal language model"
+        raise ModelError(f"peft_config has task_type '{config.task_type}' for a {kind}: use '{task.value}'.")
     config.inference_mode = False  # configs read from disk say True, which would train nothing
     config.base_model_name_or_path = None  # PEFT writes the name of the model it is put on
     return config

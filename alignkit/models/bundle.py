@@ -1,28 +1,33 @@
 """Named roles on one frozen base.
 
 `ModelBundle` is the only place that touches PEFT's active adapter, `requires_grad` and the checkpointing context. A
-role is an adapter of the base, the base with all adapters off, or, for the reference alone, a separate model.
+role is an adapter of the base, the base with all adapters off, or, for the reference alone, a separate model; it may
+have a scalar head, for a reward or a value.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.data.layout import Layout
 from alignkit.errors import ModelError
 from alignkit.models.attention import ATTENTION_NAME, RowAttention, register_attention
-from alignkit.models.lora import keep_unpacked
+from alignkit.models.heads import SCORE, has_head
+from alignkit.models.lora import FUSED_LORA, keep_unpacked
+from alignkit.models.reward_adapter import add_reward_adapter
 from alignkit.models.scoring import ScoreRequest, TokenScores, install_scoring
 
 POLICY = "policy"
 REFERENCE = "reference"
+REWARD = "reward"
 
 
 class ModelBundle:
@@ -31,14 +36,16 @@ class ModelBundle:
     Args:
         model: the policy, a `PeftModel` or a model that is trained whole.
         adapters: for a `PeftModel`, the adapter that each role wears; `None` means adapters off. By default the policy
-            wears the active adapter and the reference wears none.
+            wears the active adapter and the reference wears none. On a model that is trained whole, roles besides the
+            policy wear `None`.
+        heads: the scalar head that a role reads, by its name on the base.
         reference: a separate reference model; it is frozen and never wrapped.
 
     Attributes:
         kernels: attention kernels that ran since the bundle was made.
 
     Raises:
-        ModelError: an adapter that the model lacks, or a reference that is the policy itself.
+        ModelError: an adapter or a head that the model lacks, or a reference that is the policy itself.
     """
 
     def __init__(
@@ -46,20 +53,26 @@ class ModelBundle:
         model: PreTrainedModel | PeftModel,
         *,
         adapters: Mapping[str, str | None] | None = None,
+        heads: Mapping[str, str] | None = None,
         reference: PreTrainedModel | PeftModel | None = None,
     ) -> None:
         if reference is model:
             raise ModelError("ref_model is the policy itself; leave it out, or pass another model")
         self.model = model
         self.reference = reference
-        self.adapters = dict(adapters or {})
+        self.adapters: dict[str, str | None] = {POLICY: None, **(adapters or {})}
+        self.heads = dict(heads or {})
         self.kernels: set[str] = set()
         if isinstance(model, PeftModel):
             active = model.active_adapters[0]
-            self.adapters = {POLICY: active, REFERENCE: None, **self.adapters}
-            unknown = {name for name in self.adapters.values() if name and name not in model.peft_config}
-            if unknown:
-                raise ModelError(f"the model has no adapter {sorted(unknown)}; it has {sorted(model.peft_config)}")
+            self.adapters = {POLICY: active, REFERENCE: None, **(adapters or {})}
+        available = sorted(model.peft_config) if isinstance(model, PeftModel) else []
+        unknown = {name for name in self.adapters.values() if name and name not in available}
+        if unknown:
+            raise ModelError(f"the model has no adapter {sorted(unknown)}; it has {available}")
+        missing = {name for name in self.heads.values() if not has_head(self.base, name)}
+        if missing:
+            raise ModelError(f"the model has no head {sorted(missing)}; add it before the bundle is made")
         self._worn = self.adapters.get(POLICY)  # the adapter that the base wears now
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -94,11 +107,8 @@ class ModelBundle:
     @contextlib.contextmanager
     def role(self, name: str) -> Iterator[None]:
         """Let the base wear the adapter of role `name`; what was worn, and what is trainable, comes back afterwards."""
-        if not isinstance(self.model, PeftModel):
-            if name != POLICY:
-                raise ModelError(f"role {name!r} needs adapters or a separate model")
-            yield
-            return
+        if name not in self.adapters:
+            raise ModelError(f"role {name!r} needs adapters or a separate model")
         with self._wearing(self.adapters[name]):
             yield
 
@@ -108,9 +118,55 @@ class ModelBundle:
         Args:
             layout: the batch.
             wrapped: the module that DDP or FSDP made of the policy; the bare policy by default.
-            **request: further fields of `ScoreRequest`.
+            **request: further fields of `ScoreRequest`, such as heads to read in the same pass.
         """
         return self._call(self.model if wrapped is None else wrapped, layout, request)
+
+    def values(self, layout: Layout, index: Tensor, *, role: str = POLICY, wrapped: nn.Module | None = None) -> Tensor:
+        """Read the scalar head of `role` in one forward pass that computes no logits.
+
+        Args:
+            layout: the batch.
+            index: positions in the flattened `(R · T)` to read at, `(V,)`; for rewards `layout.last_index`.
+            role: whose adapter and head.
+            wrapped: the module that DDP or FSDP made of the policy; the bare policy by default.
+
+        Returns:
+            `(V, K)`, fp32, with gradient to the head and to the adapter below it.
+
+        Raises:
+            ModelError: the role has no head.
+        """
+        if role not in self.heads:
+            raise ModelError(f"role {role!r} has no scalar head; roles with one: {sorted(self.heads)}")
+        head, none = self.heads[role], layout.targets[:0]
+        request = {"index": none, "targets": none, "heads": (head,), "head_index": index}
+        with self.role(role):
+            return self._call(self.model if wrapped is None else wrapped, layout, request).values[head]
+
+    def add_reward_adapter(self, path: str | Path, *, role: str = REWARD, check_base: bool = True) -> int:
+        """Give `role` a reward adapter that `RewardTrainer` saved: frozen, on the base that everybody shares.
+
+        Args:
+            path: the folder, or a name on the Hub.
+            role: the name of the role, and of the adapter.
+            check_base: whether the base that the adapter was trained on must have the name of this one.
+
+        Returns:
+            The number of heads: rewards have the shape `(V, heads)`.
+
+        Raises:
+            ModelError: no reward adapter, one of another base, or a policy without adapters, which would change the
+                reward's base while it trains.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise ModelError("a model that is trained whole cannot share its weights with a reward adapter: use LoRA")
+        known = set(self.model.parameters())
+        outputs = add_reward_adapter(self.model, path, role, custom_modules=FUSED_LORA, check_base=check_base)
+        self._frozen += [parameter for parameter in self.model.parameters() if parameter not in known]
+        self.adapters[role], self.heads[role] = role, SCORE
+        self._wear(self._worn)
+        return outputs
 
     @torch.no_grad()
     def score_reference(self, layout: Layout, *, wrapped: nn.Module | None = None) -> TokenScores:
@@ -159,7 +215,8 @@ class ModelBundle:
 
     def _call(self, model: nn.Module, layout: Layout, request: Mapping[str, Any]) -> TokenScores:
         try:
-            return self._forward(model, layout, ScoreRequest(layout.score_index, layout.targets, **request))
+            fields = {"index": layout.score_index, "targets": layout.targets, **request}
+            return self._forward(model, layout, ScoreRequest(**fields))
         finally:
             for close in self._closers:
                 close()

@@ -38,7 +38,7 @@ from alignkit.models.adapters import (
     keep_adapters_fp32,
     reference_adapter,
 )
-from alignkit.models.source import HUB_KWARGS, Source, explain, locate
+from alignkit.models.source import HUB_KWARGS, Source, explain, hub_kwargs_of, locate
 from alignkit.models.tokenizer import load_tokenizer, with_pad_token
 
 __all__ = [
@@ -174,11 +174,7 @@ def load_model(
             f"The base of the adapter '{source.name}' is itself an adapter ('{source.base}'). Merge that one into its "
             "base first (merge_and_unload, then save_pretrained)."
         )
-    return continue_adapter(base, source.name, source.adapter, custom_modules=custom_modules, **_peft_kwargs(source))
-
-
-def _peft_kwargs(source: Source) -> dict[str, Any]:
-    return {key: source.kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in source.kwargs}
+    return continue_adapter(base, source.name, source.adapter, custom_modules=custom_modules, **hub_kwargs_of(source))
 
 
 def _merged(

@@ -1,16 +1,16 @@
-"""Token log-probabilities out of a causal language model's own forward pass, without its logits.
+"""Token log-probabilities and scalar heads out of a causal language model's own forward pass, without its logits.
 
 `install_scoring(model)` adds forward hooks, PyTorch's public way in. A call that carries `score=ScoreRequest(...)`
-then returns `TokenScores` instead of logits: the head's input is caught on its way, the head itself is given nothing to
-do, and the log-probabilities are taken at the requested positions alone. All of it happens inside `model(...)`, where
-DDP and FSDP expect everything that is trained. Any other call is left as it was.
+then returns `TokenScores` instead of logits: the output layer's input is caught on its way, the layer itself is given
+nothing to do, and log-probabilities and scalars are taken at the requested positions alone. All of it happens inside
+`model(...)`, where DDP and FSDP expect everything that is trained. Any other call is left as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -39,25 +39,38 @@ class ScoreRequest:
     """What to score in one forward pass.
 
     Attributes:
-        index: positions in the flattened `(R · T)` batch whose hidden state predicts a target, `(S,)`.
+        index: positions in the flattened `(R · T)` batch whose hidden state predicts a target, `(S,)`. With none of
+            them the model's output layer never runs.
         targets: token ids, `(S,)`.
         statistics: positions within `index` to take diagnostics at, `(M,)`; `None` for no diagnostics.
         square_sums: also return `log Σ p²` per target, for WPO's weights.
+        heads: names of scalar heads (`alignkit.models.heads`) to read.
+        head_index: positions in the flattened `(R · T)` batch to read them at, `(V,)`; `None` for none.
     """
 
     index: Tensor
     targets: Tensor
     statistics: Tensor | None = None
     square_sums: bool = False
+    heads: tuple[str, ...] = ()
+    head_index: Tensor | None = None
 
 
 @dataclass(slots=True)
 class TokenScores:
-    """Per target: log-probability `(S,)` with gradient; and, if asked for, diagnostics `(M,)` and `log Σ p²` `(S,)`."""
+    """What was asked for.
+
+    Attributes:
+        logps: log-probability of each target, `(S,)`, with gradient.
+        statistics: diagnostics, `(M,)` each.
+        square_sums: `log Σ p²`, `(S,)`.
+        values: by head, its scalars at each position, fp32 `(V, K)`, with gradient.
+    """
 
     logps: Tensor
     statistics: TokenStatistics | None = None
     square_sums: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
 
 
 def logits_of(config: PreTrainedConfig) -> Logits:
@@ -74,10 +87,10 @@ def logits_of(config: PreTrainedConfig) -> Logits:
 
 
 class _Scoring:
-    """The hooks' shared state: the open request and the hidden states that the head was about to be given."""
+    """The hooks' shared state: the open request and the hidden states that the output layer was about to be given."""
 
-    def __init__(self, head: Any, logits: Logits):
-        self.head, self.logits = head, logits
+    def __init__(self, base: PreTrainedModel, head: Any, logits: Logits):
+        self.base, self.head, self.logits = base, head, logits
         self.request: ScoreRequest | None = None
         self.hidden: Tensor | None = None
 
@@ -102,7 +115,17 @@ class _Scoring:
         self.close()
         if hidden is None:
             raise ModelError(f"{type(module).__name__} never called its output head, so nothing can be scored")
-        rows = hidden.reshape(-1, hidden.shape[-1])[request.index]  # (S, H)
+        flat = hidden.reshape(-1, hidden.shape[-1])  # (R · T, H)
+        scores = self._token_scores(flat, request)
+        if request.head_index is not None:
+            at_heads = flat[request.head_index]  # (V, H)
+            scores.values = {name: self.base.get_submodule(name)(at_heads) for name in request.heads}
+        return scores
+
+    def _token_scores(self, flat: Tensor, request: ScoreRequest) -> TokenScores:
+        if not request.targets.numel():
+            return TokenScores(flat.new_zeros(0, dtype=torch.promote_types(flat.dtype, torch.float32)))
+        rows = flat[request.index]  # (S, H)
         scores = TokenScores(self._logps(rows, request.targets))
         if request.statistics is not None:
             few = request.statistics
@@ -135,7 +158,8 @@ def install_scoring(model: PreTrainedModel | PeftModel) -> Callable[[], None]:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; a causal language model is needed")
-    scoring = _Scoring(head, logits_of(model.config))
+    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    scoring = _Scoring(base, head, logits_of(model.config))
     model.register_forward_pre_hook(scoring.open, with_kwargs=True)
     head.register_forward_pre_hook(scoring.divert)
     model.register_forward_hook(scoring.score)

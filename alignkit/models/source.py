@@ -60,6 +60,11 @@ class Source:
         return kwargs
 
 
+def hub_kwargs_of(source: Source) -> dict[str, Any]:
+    """The Hub options that PEFT takes with an adapter's name."""
+    return {key: source.kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in source.kwargs}
+
+
 def locate(model: str | Path, kwargs: Mapping[str, Any]) -> Source:
     """Find out what `model` is without loading it.
 

@@ -34,6 +34,28 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return padded
 
 
+def with_distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return `tokenizer`, or a copy of it, with a padding token that ends no text.
+
+    transformers' sequence classifiers read the last token of a row whose id is not the padding token's. With pad == EOS
+    (SmolLM2, and every tokenizer that had no padding token) they would read the token before the EOS instead, and give
+    another reward than the one that was trained. So the unknown token, or the beginning of a text, pads instead; where
+    there is neither, the first ordinary token does, which no text that ends in EOS ends in. alignkit itself never
+    looks at padding: its masks come from lengths.
+
+    Raises:
+        ModelError: the tokenizer has neither a padding nor an end-of-sequence token.
+    """
+    tokenizer = with_pad_token(tokenizer)
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer
+    named: list[Any] = [tokenizer.unk_token_id, tokenizer.bos_token_id]
+    usable = (token for token in (*named, *range(len(tokenizer))) if token not in (None, tokenizer.eos_token_id))
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.convert_ids_to_tokens(next(usable))
+    return padded
+
+
 def load_tokenizer(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **hub_kwargs: Any
 ) -> PreTrainedTokenizerBase:

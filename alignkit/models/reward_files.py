@@ -1,0 +1,199 @@
+"""A reward model as transformers' sequence classifier: loading one, saving one, and what to tell its reader."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import peft_warnings
+from alignkit.models.heads import SCORE, ScalarHead
+from alignkit.models.load import compute_dtype, training_device
+from alignkit.models.reward_adapter import find_reward_adapter
+from alignkit.models.source import explain, hub_kwargs_of, locate
+from alignkit.models.tokenizer import load_tokenizer, with_distinct_pad_token
+
+
+class RewardModel(NamedTuple):
+    """A sequence classifier whose logits are rewards, `(rows, heads)`, and the tokenizer that pads for it."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_reward_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+) -> RewardModel:
+    """Load what `RewardTrainer` saved as a plain `...ForSequenceClassification`, in evaluation mode.
+
+    It gives the rewards of training: the head is fp32 whatever the base's dtype, and `pad_token_id` is one that ends
+    no text (see `with_distinct_pad_token`). Tokenize prompt and completion together, as in training: the chat template
+    for conversations; `prompt + completion + tokenizer.eos_token` for text.
+
+    Args:
+        folder: an output folder or checkpoint of `RewardTrainer`, or its name on the Hub.
+        dtype: of the base; by default what the device computes in.
+        quantization_config: `alignkit.nf4()` or another for the base of an adapter.
+        trust_remote_code: allow code from the repository to run.
+        device: by default this process's.
+
+    Raises:
+        ModelError: nothing there, no reward model, or an architecture without a sequence classifier in transformers.
+    """
+    device = training_device() if device is None else torch.device(device)
+    tokenizer = with_distinct_pad_token(load_tokenizer(folder, trust_remote_code=trust_remote_code))
+    settings: dict[str, Any] = {
+        "dtype": compute_dtype(device) if dtype is None else dtype,
+        "trust_remote_code": trust_remote_code,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if quantization_config is not None:
+        settings |= {"quantization_config": quantization_config, "device_map": {"": device}}
+    saved = find_reward_adapter(folder)
+    if saved is None:
+        source = locate(folder, {})
+        if source.adapter is not None:
+            raise ModelError(f"'{folder}' is an adapter of a language model, not a reward model")
+        model: Any = _classifier(source.name, **settings)
+    else:
+        base: Any = _classifier(saved.source.base, num_labels=saved.outputs, **settings)
+        # The adapter copies this module: fp32, and cast to by itself, like the head that was trained.
+        width = base.get_submodule(SCORE).weight.shape[1]
+        base.add_module(SCORE, ScalarHead(width, saved.outputs).to(base.device))
+        with peft_warnings():
+            model = PeftModel.from_pretrained(base, saved.source.name, **hub_kwargs_of(saved.source))
+    return RewardModel((model if quantization_config is not None else model.to(device)).eval(), tokenizer)
+
+
+def _classifier(name: str, **settings: Any) -> PreTrainedModel:
+    try:
+        with _without_load_report():
+            return AutoModelForSequenceClassification.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The reward model cannot be loaded: {explain(error, name)}") from error
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence the report that the head is new and the output layer unused: both are as they should be."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def save_classifier(
+    model: PreTrainedModel, folder: str | Path, *, pad_token_id: int, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Save a causal language model that was trained whole, with its head, as a sequence classifier.
+
+    Raises:
+        ModelError: transformers has no sequence classifier of this architecture, or one of other weights.
+    """
+    weights: dict[str, Any] = dict(model.state_dict() if state_dict is None else state_dict)
+    config = copy.deepcopy(model.config)
+    config.num_labels = weights[f"{SCORE}.weight"].shape[0]
+    config.get_text_config().pad_token_id = pad_token_id
+    try:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no sequence classifier for {type(model).__name__}, so a reward model that was trained "
+            "whole cannot be saved as one: train an adapter (peft_config)"
+        ) from error
+    wanted = set(classifier.state_dict())
+    if wanted - weights.keys():
+        raise ModelError(
+            f"transformers' {type(classifier).__name__} has other weights: {sorted(wanted - set(weights))}"
+        )
+    classifier.save_pretrained(folder, state_dict={name: weights[name] for name in wanted})
+
+
+_CARD = """---
+library_name: {library}
+pipeline_tag: text-classification
+tags:
+- alignkit
+- reward-model{base_line}
+---
+
+# Reward model
+
+{what}. It was trained on preferences with alignkit's `RewardTrainer`. A row's logits are its rewards: higher is
+better, and only differences between answers to the same prompt mean something.
+
+```python
+import alignkit
+
+model, tokenizer = alignkit.load_reward_model("{folder}")
+```
+
+Without alignkit, with plain transformers{peft_too}:
+
+```python
+{snippet}
+```
+
+`pad_token_id` matters: a sequence classifier reads the last token whose id is not the padding token's. With a padding
+token that equals the end-of-sequence token it would read the token before the end, and give other rewards. The
+tokenizer in this folder pads with `{pad_token}`. Rewards of 16-bit or 4-bit bases are those of training up to rounding;
+load the head in fp32, as `load_reward_model` does, to come closest.
+
+Tokenize prompt and answer together: by the chat template for conversations, as `prompt + answer +
+tokenizer.eos_token` for plain text.
+"""
+
+_ADAPTER_SNIPPET = """from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels={outputs}, pad_token_id=tokenizer.pad_token_id
+)
+model = PeftModel.from_pretrained(base, "{folder}").eval()"""
+
+_WHOLE_SNIPPET = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForSequenceClassification.from_pretrained("{folder}").eval()"""
+
+
+def how_to_load_reward(folder: str | Path, *, base: str | None, outputs: int) -> str:
+    """Return the lines of Python that load a reward model without alignkit; `base` is `None` for a whole model."""
+    if base is None:
+        return _WHOLE_SNIPPET.format(folder=folder)
+    return _ADAPTER_SNIPPET.format(folder=folder, base=base or "BASE", outputs=outputs)
+
+
+def write_reward_card(folder: str | Path, *, base: str | None, outputs: int, pad_token: str) -> None:
+    """Write the `README.md` that says how to load the reward model in `folder`; `base` is `None` for a whole model."""
+    heads = "one head" if outputs == 1 else f"{outputs} heads, an ensemble"
+    text = _CARD.format(
+        library="transformers" if base is None else "peft",
+        base_line=f"\nbase_model: {base}" if base else "",
+        what=f"A sequence classifier with {heads}"
+        if base is None
+        else f"An adapter with {heads}, on `{base or 'BASE'}`",
+        folder=folder,
+        peft_too="" if base is None else " and peft",
+        snippet=how_to_load_reward(folder, base=base, outputs=outputs),
+        pad_token=pad_token,
+    )
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")
