@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -24,11 +24,15 @@ from alignkit.functional.logprobs import (
     Logits,
     TokenStatistics,
     frozen_head_logps,
+    frozen_head_logps_entropy,
     log_sum_square_probs,
     recomputed_head_logps,
+    recomputed_head_logps_entropy,
     token_statistics,
 )
 from alignkit.models.lora import dense_weight
+
+Scored = TypeVar("Scored")
 
 # Diagnostics of a forward pass are taken on at most this many completion tokens, evenly spaced.
 STATISTICS_TOKENS = 128
@@ -44,6 +48,8 @@ class ScoreRequest:
         targets: token ids, `(S,)`.
         statistics: positions within `index` to take diagnostics at, `(M,)`; `None` for no diagnostics.
         square_sums: also return `log Σ p²` per target, for WPO's weights.
+        temperature: of the distribution that the targets were drawn from.
+        entropies: also return the entropy of that distribution per target, with gradient.
         heads: names of scalar heads (`alignkit.models.heads`) to read.
         head_index: positions in the flattened `(R · T)` batch to read them at, `(V,)`; `None` for none.
     """
@@ -52,6 +58,8 @@ class ScoreRequest:
     targets: Tensor
     statistics: Tensor | None = None
     square_sums: bool = False
+    temperature: float = 1.0
+    entropies: bool = False
     heads: tuple[str, ...] = ()
     head_index: Tensor | None = None
 
@@ -64,12 +72,14 @@ class TokenScores:
         logps: log-probability of each target, `(S,)`, with gradient.
         statistics: diagnostics, `(M,)` each.
         square_sums: `log Σ p²`, `(S,)`.
+        entropies: in nats, `(S,)`, with gradient.
         values: by head, its scalars at each position, fp32 `(V, K)`, with gradient.
     """
 
     logps: Tensor
     statistics: TokenStatistics | None = None
     square_sums: Tensor | None = None
+    entropies: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -126,20 +136,32 @@ class _Scoring:
         if not request.targets.numel():
             return TokenScores(flat.new_zeros(0, dtype=torch.promote_types(flat.dtype, torch.float32)))
         rows = flat[request.index]  # (S, H)
-        scores = TokenScores(self._logps(rows, request.targets))
+        logits = self.logits._replace(temperature=request.temperature)
+        if request.entropies:
+            both = self._scored(rows, request.targets, logits, frozen_head_logps_entropy, recomputed_head_logps_entropy)
+            scores = TokenScores(both.logps, entropies=both.entropy)
+        else:
+            scores = TokenScores(self._scored(rows, request.targets, logits, frozen_head_logps, recomputed_head_logps))
         if request.statistics is not None:
             few = request.statistics
-            scores.statistics = token_statistics(rows[few], self._project, request.targets[few], self.logits)
+            scores.statistics = token_statistics(rows[few], self._project, request.targets[few], logits)
         if request.square_sums:
-            scores.square_sums = log_sum_square_probs(rows, self._project, self.logits)
+            scores.square_sums = log_sum_square_probs(rows, self._project, logits)
         return scores
 
-    def _logps(self, rows: Tensor, targets: Tensor) -> Tensor:
-        if any(parameter.requires_grad for parameter in self.head.parameters()):
-            return recomputed_head_logps(rows, self._project, targets, self.logits)
-        if isinstance(self.head, BaseTunerLayer | AuxiliaryTrainingWrapper):  # an adapter that is frozen or off
-            return recomputed_head_logps(rows, self._project, targets, self.logits)
-        return frozen_head_logps(rows, dense_weight(self.head), self.head.bias, targets, self.logits)
+    def _scored(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        logits: Logits,
+        frozen: Callable[..., Scored],
+        recomputed: Callable[..., Scored],
+    ) -> Scored:
+        """Score with the function for heads that stay as they are, or the one for heads that are trained or adapted."""
+        is_adapted = isinstance(self.head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # also if frozen or off
+        if is_adapted or any(parameter.requires_grad for parameter in self.head.parameters()):
+            return recomputed(rows, self._project, targets, logits)
+        return frozen(rows, dense_weight(self.head), self.head.bias, targets, logits)
 
     def _project(self, rows: Tensor) -> Tensor:
         """The head on `(n, H)` rows, called without hooks so that it does not divert itself."""
