@@ -169,16 +169,18 @@ class ModelBundle:
         return outputs
 
     @torch.no_grad()
-    def score_reference(self, layout: Layout, *, wrapped: nn.Module | None = None) -> TokenScores:
+    def score_reference(self, layout: Layout, *, wrapped: nn.Module | None = None, **request: Any) -> TokenScores:
         """Score the reference's completion tokens: a separate model, or the base without the policy's adapter.
+
+        Arguments are those of `score`.
 
         Raises:
             ModelError: neither exists.
         """
         if self.reference is not None:
-            return self._call(self.reference, layout, {})
+            return self._call(self.reference, layout, request)
         with self.role(REFERENCE):
-            return self._call(self.model if wrapped is None else wrapped, layout, {})
+            return self._call(self.model if wrapped is None else wrapped, layout, request)
 
     def use_row_attention(self) -> None:
         """Route attention of every model through `row_attention`, which packed rows need and other calls ignore."""

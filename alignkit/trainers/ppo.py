@@ -1,0 +1,401 @@
+"""`PPOTrainer`: rollouts in `get_batch_samples`, everything else is Trainer's own loop. Everything here is wiring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from alignkit.data.prompts import prepare_prompts
+from alignkit.data.report import PreparationReport
+from alignkit.errors import ConfigError
+from alignkit.functional.kl import adaptive_kl_coef, k1
+from alignkit.functional.masked import Moments, pool_moments
+from alignkit.functional.statistics import RunningMoments
+from alignkit.rollout.collect import (
+    AdvantageRule,
+    Prompts,
+    Rollout,
+    TokenTable,
+    advantages_of,
+    generate_and_reward,
+    scored,
+    token_mask,
+)
+from alignkit.rollout.engine import Completion, Sampling
+from alignkit.rollout.mix import RewardResult
+from alignkit.trainers.budget import forward_budget_tokens
+from alignkit.trainers.callbacks_engine import engine_callbacks
+from alignkit.trainers.config_engine import warn_low_lora_learning_rate
+from alignkit.trainers.metrics import Throughput, add_window_metrics
+from alignkit.trainers.passes import Batch, Passes, accelerator_arguments, accumulate, refuse_data_parallel
+from alignkit.trainers.pooled import Pooled, PooledWindow
+from alignkit.trainers.ppo_callbacks import PPOEvent, call_event, reporting_callbacks, steps_per_rollout
+from alignkit.trainers.ppo_config import PPOConfig
+from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler, take_prompts
+from alignkit.trainers.ppo_evaluate import greedy_metrics
+from alignkit.trainers.ppo_loss import ppo_loss, token_columns
+from alignkit.trainers.ppo_metrics import check_component_names, rollout_metrics
+from alignkit.trainers.ppo_score import batch_of, score_episodes, score_tokens
+from alignkit.trainers.ppo_setup import (
+    build_actor_critic,
+    build_engine,
+    build_rewards,
+    reward_shaping,
+    save_at_rollouts,
+)
+from alignkit.trainers.ppo_state import PPOState, load_state, save_state, split_learning_rates
+from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.setup import AnyDataset, build_tokenizer, each_dataset, own_copy, short_name
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimisation (arXiv 1707.06347; for language models 2203.02155) on one base.
+
+    Policy and critic are trained in Trainer's own loop; the reference is the base without the policy's adapter, or the
+    adapter that training started from; rewards are functions, classifiers, or adapters on the same base.
+
+    Args:
+        model: a name, a path, `"demo"`, a causal language model, or a `PeftModel` whose adapter is trained on.
+        reward_funcs: a function `f(prompts, completions, **columns)`, a sequence classifier or its name, a folder that
+            `RewardTrainer` saved, or a list of these; see `make_reward_sources`.
+        args: options; by default `PPOConfig("<model>-PPO")`.
+        train_dataset: prompts, text or messages, with any columns that reward functions ask for.
+        eval_dataset: the same, or a dict of them; `evaluate` completes them greedily.
+        processing_class: the tokenizer; by default the model's.
+        reward_processing_classes: tokenizers of classifiers that are given as objects.
+        callbacks, optimizers: as for `Trainer`; a `PPOCallback` hears of rollouts too.
+        quantization_config: `alignkit.nf4()`, `alignkit.int8()` or another; for a model given by name.
+        peft_config: a new adapter for the model.
+
+    Attributes:
+        reports: what data preparation kept and dropped, by dataset name.
+        bundle: the roles on the base.
+        rollout: the latest one.
+
+    Raises:
+        ConfigError, DataError, ModelError: before any forward pass, with what to change.
+    """
+
+    _tag_names = ("alignkit", "ppo")
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+    args: PPOConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        reward_funcs: Any,
+        args: PPOConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if train_dataset is None:
+            raise ConfigError("train_dataset is required: pass a dataset of prompts")
+        args = own_copy(args if args is not None else PPOConfig(f"{short_name(model)}-PPO"))
+        set_seed(args.seed)
+        tokenizer = build_tokenizer(processing_class, model, args)
+        self.reports: dict[str, PreparationReport] = {}
+        prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
+        prepared: Any = prepare(train_dataset, "train")
+        prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
+        self.bundle = build_actor_critic(model, args, quantization_config, peft_config)
+        self._rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
+        check_component_names(self._rewards.names)
+        warn_low_lora_learning_rate(args)
+        save_at_rollouts(args)
+        super().__init__(
+            model=self.bundle.model,
+            args=args,
+            train_dataset=prepared,
+            eval_dataset=prepared_eval,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        refuse_data_parallel(args)
+        self._passes = Passes(
+            self.bundle,
+            args,
+            cast(int, tokenizer.pad_token_id),
+            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
+            self.compute_loss_context_manager,
+        )
+        self._engine = build_engine(self.bundle, tokenizer, args)
+        self._sampler = RolloutSampler(
+            len(prepared), args, self.accelerator.process_index, self.accelerator.num_processes
+        )
+        self.rollout: Rollout | None = None
+        self._state = PPOState(args.kl_coef, RunningMoments())
+        self._windows = {"train": PooledWindow(), "eval": PooledWindow()}
+        self._minibatch = PooledWindow()  # of the optimizer step before
+        self._is_stopped = False  # the rest of this rollout's steps is skipped
+        self._throughput = Throughput()
+        for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks()):
+            self.add_callback(callback)
+        use_progress_display(self)
+        self.model.add_model_tags(list(self._tag_names))
+
+    # --- data ---
+
+    def _prepare(self, dataset: Any, name: str, *, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
+        prepared, self.reports[name] = prepare_prompts(
+            dataset,
+            tokenizer,
+            max_prompt_tokens=args.max_prompt_length,
+            max_drop_fraction=args.max_drop_fraction,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        return prepared
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of row numbers: what Trainer counts steps by. It is not sharded; the sampler knows its process."""
+        return RolloutLoader(self._sampler)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Prompts of one epoch."""
+        return len(cast(Dataset, self.train_dataset))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; `args.resume_from_checkpoint` counts where none is given here."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._throughput.reset()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # --- rollouts ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """Return the micro-batches of one optimizer step; before a rollout's first step, collect the rollout."""
+        ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step % steps_per_rollout(self.args)
+        if step == 0:
+            self._is_stopped = False
+            self.rollout = self._collect(ticks[0]["rows"].tolist())
+        elif self.args.target_approx_kl is not None:
+            self._stop_early(self.args.target_approx_kl)
+        self._minibatch = PooledWindow()
+        prompts = self.args.per_device_train_batch_size * num_batches
+        first = step % self.args.num_mini_batches * prompts
+        parts = range(first, first + prompts, self.args.per_device_train_batch_size)
+        rollout = cast(Rollout, self.rollout)
+        batches = [batch_of(rollout, slice(part, part + self.args.per_device_train_batch_size)) for part in parts]
+        tokens: Any = torch.stack([batch["mask"].sum() for batch in batches]).sum().to(device)
+        return batches, cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
+
+    @torch.no_grad()
+    def _collect(self, rows: list[int]) -> Rollout:
+        number = self.state.global_step // steps_per_rollout(self.args)
+        self._event("on_rollout_begin")
+        started = time.perf_counter()
+        prompts = take_prompts(
+            cast(Dataset, self.train_dataset), rows, self.args.num_generations, f"{self.args.seed}/{number}"
+        )
+        completions, texts, rewards = self.complete(prompts, temperature=self.args.temperature)
+        generated = time.perf_counter()
+        metrics: dict[str, Pooled] = {}
+        self._event("on_rewards", rewards=rewards, metrics=metrics)
+        if self.args.normalize_rewards:
+            self._state.moments.update(self._gather(rewards.totals[rewards.kept]))
+        moments = self._state.moments if self.args.normalize_rewards else None
+        scores, is_clipped = scored(rewards, completions, reward_shaping(self.args), moments)
+        mask = token_mask(completions, rewards.kept)
+        tokens = self.score(prompts.ids, [completion.ids for completion in completions])
+        advantages, returns = advantages_of(
+            scores, rewards.kept, mask, tokens, self.args.num_generations, self._advantage_rule()
+        )
+        rollout = Rollout(
+            prompts=prompts,
+            completions=completions,
+            texts=texts,
+            rewards=rewards,
+            is_clipped=is_clipped,
+            scores=scores,
+            mask=mask,
+            tokens=tokens,
+            advantages=advantages,
+            returns=returns,
+            seconds={"generate": generated - started, "score": time.perf_counter() - generated},
+        )
+        self._event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
+        metrics |= rollout_metrics(rollout, kl_coef=self._advantage_rule().kl_coef)
+        self._event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=self._state.kl_coef, moments=moments)
+        self._windows["train"].add(metrics)
+        self._adapt_kl(rollout)
+        return rollout
+
+    def complete(self, prompts: Prompts, *, temperature: float) -> tuple[list[Completion], list[str], RewardResult]:
+        """Complete prompts and have the completions rewarded; temperature 0 is greedy."""
+        sampling = Sampling(
+            max_new_tokens=self.args.max_completion_length,
+            min_new_tokens=self.args.min_completion_length,
+            temperature=temperature,
+            stop_strings=tuple(self.args.stop_strings or ()),
+        )
+        return generate_and_reward(prompts, self._engine, sampling, self.processing_class, self._rewards, self.state)
+
+    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenTable:
+        """Score completions with policy, reference and critic, in the passes of training; see `score_episodes`."""
+        self.model.train()  # as in training, with dropout off: the first importance ratio is then 1 exactly
+        return score_episodes(self.bundle, self._passes, prompts, completions, self.args, wrapped=self.model_wrapped)
+
+    def _advantage_rule(self) -> AdvantageRule:
+        return AdvantageRule(
+            estimator=self.args.advantage_estimator,
+            kl_coef=self._state.kl_coef if self.args.kl_place == "reward" else 0.0,
+            gamma=self.args.gamma,
+            lam=self.args.lam,
+            whiten_rewards=self.args.whiten_rewards,
+            whiten_advantages=self.args.whiten_advantages,
+            pool=self._pool,
+        )
+
+    def _adapt_kl(self, rollout: Rollout) -> None:
+        if self.args.kl_target is None:
+            return
+        per_episode = torch.where(rollout.mask, k1(rollout.tokens.logps, rollout.tokens.ref_logps), 0).sum(1)
+        kept = self._gather(per_episode[rollout.rewards.kept])
+        self._state.kl_coef = adaptive_kl_coef(
+            self._state.kl_coef,
+            kept.mean().item(),
+            target=self.args.kl_target,
+            horizon=self.args.kl_horizon,
+            episodes=len(kept),
+        )
+
+    def _stop_early(self, target: float) -> None:
+        found = self._minibatch.means(self.accelerator)
+        self._is_stopped = self._is_stopped or found.get("policy/approxkl_avg", 0.0) > target
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values `(N,)` of all processes, in their order; N may differ among them."""
+        return torch.tensor(gather_object(values.double().tolist()), dtype=torch.float64)
+
+    def _pool(self, moments: Moments) -> Moments:
+        device = self.accelerator.device
+        parts = cast(Tensor, self.accelerator.gather(torch.stack(moments).double().to(device)[None]))  # (W, 3)
+        return Moments(*(value.float().cpu() for value in pool_moments(Moments(*parts.unbind(1)))))
+
+    def _event(self, name: PPOEvent, **kwargs: Any) -> None:
+        self.control = call_event(self.callback_handler, name, self.args, self.state, self.control, **kwargs)
+
+    # --- one optimizer step ---
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Run a micro-batch in token-bounded chunks; after an early stop, nothing, which leaves gradients None."""
+        model.train()
+        if self._is_stopped:
+            return torch.zeros((), device=self.args.device)
+        step = super().training_step
+        chunks = self._passes.split(self._prepare_inputs(inputs))
+        loss = accumulate(
+            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        )
+        if self.accelerator.sync_gradients:  # the minibatch's last micro-batch
+            self._event("on_minibatch_end", metrics=self._minibatch.figures())
+        return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
+        return self.accelerator.autocast()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the chunk's share of the step's mean loss over tokens."""
+        layout = self._passes.lay_out(inputs)
+        scores = score_tokens(self.bundle, layout, self.args, wrapped=model)
+        columns = token_columns(inputs, layout)
+        number = self.state.global_step // steps_per_rollout(self.args)
+        total, metrics = ppo_loss(
+            scores,
+            columns,
+            layout,
+            self.args,
+            kl_coef=self._state.kl_coef if self.args.kl_place == "loss" else 0.0,
+            policy_weight=0.0 if number < self.args.critic_warmup_rollouts else 1.0,
+        )
+        self._windows["train"].add(metrics)
+        self._minibatch.add(metrics)
+        self._throughput.add(layout.num_sequences, layout.tokens)
+        count = columns["mask"].sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total * (1 if num_items_in_batch is None else self.accelerator.num_processes) / count.clamp(min=1)
+        return (loss, scores) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with a learning rate of its own for the critic."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            split_learning_rates(optimizer, self.bundle, self.args)
+        return optimizer
+
+    # --- evaluation, metrics and files ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Complete held-out prompts greedily, reward and score them; report reward, KL, lengths and ends."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, each in dataset.items():
+                metrics |= self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ConfigError("there are no prompts to evaluate on: pass eval_dataset")
+        if "prompt_ids" not in dataset.column_names:
+            dataset = self._prepare(dataset, "eval", tokenizer=self.processing_class, args=self.args)
+        found = greedy_metrics(self, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's metrics to `logs`."""
+        if "loss" in logs:
+            logs["episode"] = self._sampler.per_rollout * self.args.num_generations * self._rollouts_begun()
+            add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
+        super().log(logs, start_time)
+
+    def _rollouts_begun(self) -> int:
+        return -(-self.state.global_step // steps_per_rollout(self.args))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_state(folder, self._state, self.bundle)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_state(Path(resume_from_checkpoint), self._state, self.bundle)

@@ -1,0 +1,180 @@
+"""What `PPOTrainer` is handed, turned into policy, critic, reference, rewards and a rollout engine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignkit.data.collate import pairs_of
+from alignkit.data.layout import layout_function
+from alignkit.errors import ModelError
+from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
+from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
+from alignkit.models.heads import VALUE, add_value_head
+from alignkit.rollout.continuous import ContinuousEngine
+from alignkit.rollout.engine import RolloutEngine
+from alignkit.rollout.hf import HFEngine
+from alignkit.rollout.mix import RewardMix
+from alignkit.rollout.reward import ComponentScores, RewardInputs
+from alignkit.rollout.shaping import Overlong, RewardShaping
+from alignkit.rollout.sources import make_reward_sources
+from alignkit.trainers.ppo_callbacks import steps_per_rollout
+from alignkit.trainers.ppo_config import PPOConfig
+from alignkit.trainers.ppo_data import OWN_COLUMNS
+from alignkit.trainers.ppo_score import groups_batch
+from alignkit.trainers.setup import build_policy
+
+logger = logging.getLogger(__name__)
+
+# Pairs of prompt and completion that a reward adapter scores at once.
+REWARD_BATCH = 8
+# Tokens whose keys and values are held at once where `rollout_batch_tokens` does not say.
+ROLLOUT_TOKENS = 16_384
+
+
+def build_actor_critic(
+    model: str | Path | PreTrainedModel | PeftModel,
+    args: PPOConfig,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+) -> ModelBundle:
+    """Policy, reference and critic as roles on one base.
+
+    Raises:
+        ModelError: a model without adapters, whose reference would be a second copy of it.
+    """
+    policy = build_policy(model, args, quantization_config, peft_config)
+    if not isinstance(policy, PeftModel):
+        raise ModelError(
+            "PPOTrainer trains an adapter, so that policy, reference, critic and reward share one base: pass "
+            "peft_config=LoraConfig(r=16, target_modules='all-linear', task_type='CAUSAL_LM'), or a PeftModel"
+        )
+    own = policy.active_adapters[0]
+    adapters: dict[str, str | None] = {REFERENCE: None if peft_config is not None else reference_adapter(policy)}
+    heads: dict[str, str] = {}
+    if args.advantage_estimator == "gae":
+        add_value_head(cast(PreTrainedModel, policy.get_base_model()))
+        heads[VALUE] = VALUE
+        adapters[VALUE] = own
+        if args.value_adapter:
+            adapters[VALUE] = _add_value_adapter(policy, own)
+    return ModelBundle(policy, adapters={POLICY: own, **adapters}, heads=heads)
+
+
+def _add_value_adapter(policy: PeftModel, own: str) -> str:
+    """Give the critic a trainable adapter of its own, shaped as the policy's."""
+    policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config[own]))
+    for name, parameter in policy.named_parameters():
+        if f".{VALUE}." in name and "lora_" in name:
+            parameter.requires_grad_(True)
+    keep_adapters_fp32(policy)
+    return VALUE
+
+
+def build_rewards(
+    reward_funcs: Any,
+    reward_processing_classes: Any,
+    bundle: ModelBundle,
+    args: PPOConfig,
+    dataset: Dataset,
+) -> RewardMix:
+    """Everything that rewards a completion, as one weighted sum.
+
+    Raises:
+        ConfigError: weights that do not match, or a function that asks for a column that the dataset lacks.
+        ModelError: a classifier or reward adapter that cannot be loaded.
+    """
+    made: list[AdapterReward] = []
+
+    def from_adapter(path: str) -> AdapterReward:
+        made.append(AdapterReward(bundle, path, f"reward_{len(made)}"))
+        return made[-1]
+
+    sources = make_reward_sources(
+        reward_funcs,
+        reward_processing_classes,
+        adapter_source=from_adapter,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    on_error: Any = args.on_reward_error
+    mix = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
+    mix.check_columns([name for name in dataset.column_names if name not in OWN_COLUMNS])
+    return mix
+
+
+def save_at_rollouts(args: PPOConfig) -> None:
+    """Round `save_steps` up to whole rollouts: between two optimizer steps of one, its episodes are state too."""
+    steps = steps_per_rollout(args)
+    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % steps:
+        rounded = math.ceil(args.save_steps / steps) * steps
+        logger.warning(
+            "save_steps=%g becomes %d: checkpoints are made between rollouts, every %d optimizer steps",
+            args.save_steps,
+            rounded,
+            steps,
+        )
+        args.save_steps = rounded
+
+
+def reward_shaping(args: PPOConfig) -> RewardShaping:
+    """What happens to a reward before the algorithm sees it."""
+    overlong = None
+    if args.overlong_buffer_tokens:
+        overlong = Overlong(args.max_completion_length, args.overlong_buffer_tokens, args.overlong_penalty)
+    clip = None if args.reward_clip is None else (-args.reward_clip, args.reward_clip)
+    return RewardShaping(clip_range=clip, missing_eos_penalty=args.missing_eos_penalty or 0.0, overlong=overlong)
+
+
+def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig) -> RolloutEngine:
+    """The engine that writes completions."""
+    model = cast(PeftModel, bundle.model)
+    tokens = args.rollout_batch_tokens or ROLLOUT_TOKENS
+    if args.rollout_engine == "hf":
+        return HFEngine(model, tokenizer, max_batch_tokens=tokens)
+    return ContinuousEngine(model, tokenizer, max_cache_tokens=tokens)
+
+
+class AdapterReward:
+    """A reward adapter on the policy's own base.
+
+    Args:
+        bundle: the roles; the adapter becomes one of them.
+        path: a folder that `RewardTrainer` saved, or a name on the Hub.
+        role: its role's name.
+
+    Attributes:
+        names: one component, the mean of the adapter's heads.
+        spread: standard deviation over the heads at the last call, `(B,)`; `None` for a single head.
+    """
+
+    def __init__(self, bundle: ModelBundle, path: str, role: str) -> None:
+        self.bundle, self.role = bundle, role
+        self.outputs = bundle.add_reward_adapter(path, role=role)
+        self.names = (Path(path).name or role,)
+        self.spread: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, inputs: RewardInputs) -> ComponentScores:
+        """Score each completion at its last token."""
+        device = self.bundle.base.device
+        found = []
+        for start in range(0, len(inputs), REWARD_BATCH):
+            part = slice(start, start + REWARD_BATCH)
+            batch = groups_batch(inputs.prompt_ids[part], inputs.completion_ids[part])
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            layout = layout_function("padded")(pairs_of(batch), 0)
+            found.append(self.bundle.values(layout, layout.last_index, role=self.role).float().cpu())
+        rewards = torch.cat(found)  # (B, K)
+        self.spread = rewards.std(dim=1, correction=0) if self.outputs > 1 else None
+        values = rewards.mean(dim=1, keepdim=True)
+        return ComponentScores(values, torch.ones_like(values, dtype=torch.bool))
