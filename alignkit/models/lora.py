@@ -11,8 +11,10 @@ product in the compute dtype.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +85,17 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x, grad_a.to(ctx.adapter_dtype), grad_b.to(ctx.adapter_dtype), None, None
 
 
+class _Merged(NamedTuple):
+    """A layer's weight with one adapter added, `W + s · B A`, in the base's dtype."""
+
+    adapter: str
+    weight: Tensor  # (out, in)
+
+
 class FusedForward(nn.Module):
     """The forward pass that `FusedLoraLinear` and its 4-bit twin put before PEFT's own."""
+
+    _merged_copy: _Merged | None = None  # set by `merged_copies`, for the time of a rollout
 
     # PEFT's layers set these; nn.Module's own attribute types say too little.
     base_layer: Any
@@ -106,6 +117,10 @@ class FusedForward(nn.Module):
         name = self._plain_adapter()
         if name is None:
             return super().forward(x)
+        merged = self._merged_copy
+        if merged is not None and merged.adapter == name and not torch.is_grad_enabled():
+            bias = self.base_layer.bias
+            return F.linear(x, merged.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         return _LoraProduct.apply(x, lora_a, lora_b, self.base_layer, self.scaling[name])
 
@@ -121,6 +136,34 @@ class FusedForward(nn.Module):
             and (isinstance(self.lora_dropout[name], nn.Identity) or self.lora_dropout[name].p == 0.0)
         )
         return name if plain else None
+
+
+@contextlib.contextmanager
+def merged_copies(model: nn.Module) -> Iterator[None]:
+    """While this is open, forward passes without gradients run fused LoRA layers as one product with `W + s · B A`.
+
+    The sums are copies in the base's dtype: the base is not written to, and memory rises by one copy of the adapted
+    weights. They are made of the adapters' values at the start; a pass with gradients, with another adapter or with
+    none takes its usual way. 4-bit layers, and layers whose adapter is not plain LoRA, are left alone.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, FusedForward)]
+    try:
+        for layer in layers:
+            layer._merged_copy = _merge(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer._merged_copy = None
+
+
+@torch.no_grad()
+def _merge(layer: FusedForward) -> _Merged | None:
+    name = None if layer.merged or layer.disable_adapters else layer._plain_adapter()
+    if name is None or is_4bit(layer.base_layer):
+        return None
+    weight, scaling = layer.base_layer.weight, layer.scaling[name]
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _Merged(name, torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=scaling).to(weight.dtype))
 
 
 class FusedLoraLinear(FusedForward, PeftLinear):
