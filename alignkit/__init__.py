@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from alignkit.functional.preference import LOSSES
     from alignkit.models.bundle import ModelBundle
     from alignkit.models.load import int8, nf4
+    from alignkit.models.reward_files import load_reward_model
     from alignkit.trainers.config import DPOConfig
     from alignkit.trainers.dpo import DPOTrainer
+    from alignkit.trainers.reward import RewardTrainer
+    from alignkit.trainers.reward_config import RewardConfig
 
 __version__ = "0.1.0"
 
@@ -33,10 +36,13 @@ __all__ = [
     "DataError",
     "ModelBundle",
     "ModelError",
+    "RewardConfig",
+    "RewardTrainer",
     "TrainingError",
     "__version__",
     "int8",
     "load_preferences",
+    "load_reward_model",
     "nf4",
     "prepare_preferences",
     "show_example",
@@ -58,8 +64,11 @@ _MODULE_OF = {
     "ModelBundle": "alignkit.models.bundle",
     "int8": "alignkit.models.load",
     "nf4": "alignkit.models.load",
+    "load_reward_model": "alignkit.models.reward_files",
     "DPOConfig": "alignkit.trainers.config",
     "DPOTrainer": "alignkit.trainers.dpo",
+    "RewardTrainer": "alignkit.trainers.reward",
+    "RewardConfig": "alignkit.trainers.reward_config",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignkit.data.reasons import BadRow, DropReason
 from alignkit.data.records import Kind, Preference, Record, TokenRow, Transcripts, Unpaired, to_record
@@ -37,6 +37,13 @@ class Prepared:
         report.keep(self.row_id, lengths, truncated=self.truncated, eos_lost=self.eos_lost, not_prefix=self.not_prefix)
 
 
+class LengthLimit(NamedTuple):
+    """Tokens of prompt + completion that are kept, or None for all; longer rows are cut, or dropped."""
+
+    tokens: int | None
+    drops_longer: bool = False
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """Encodes batches of rows. Frozen and picklable: datasets hashes it for its cache and sends it to processes.
@@ -46,14 +53,14 @@ class RowEncoder:
         kind: what the dataset's columns say its rows are.
         unpaired: whether examples have one completion and a label.
         numbers: the numeric columns that travel along.
-        max_length: tokens of prompt + completion that are kept, or None for all.
+        limit: how long a row may be.
     """
 
     tokenizer: RecordTokenizer
     kind: Kind
     unpaired: bool
     numbers: tuple[str, ...]
-    max_length: int | None
+    limit: LengthLimit
     version: int = ENCODING_VERSION
 
     @property
@@ -115,17 +122,21 @@ class RowEncoder:
 
     def _truncate(self, encoded: EncodedRow, prepared: Prepared, *, is_pair: bool) -> list[list[int]]:
         prompt = len(encoded.prompt_ids)
-        if self.max_length is not None and prompt >= self.max_length:
-            raise BadRow(DropReason.PROMPT_FILLS_LENGTH, f"{prompt} tokens, max_length={self.max_length}")
+        most = self.limit.tokens
+        if most is not None and prompt >= most:
+            raise BadRow(DropReason.PROMPT_FILLS_LENGTH, f"{prompt} tokens, max_length={most}")
+        longest = prompt + max(map(len, encoded.completion_ids))
+        if self.limit.drops_longer and most is not None and longest > most:
+            raise BadRow(DropReason.TOO_LONG, f"{longest} tokens, max_length={most}")
         eos = self.tokenizer.tokenizer.eos_token_id
         eos_id = eos if isinstance(eos, int) else None
         if is_pair and encoded.completion_ids[0] == encoded.completion_ids[1]:
             raise BadRow(DropReason.IDENTICAL, "chosen and rejected have the same tokens")
-        cut = [truncate(encoded.prompt_ids, ids, self.max_length, eos_id) for ids in encoded.completion_ids]
+        cut = [truncate(encoded.prompt_ids, ids, most, eos_id) for ids in encoded.completion_ids]
         if is_pair and cut[0].ids == cut[1].ids:
             raise BadRow(
                 DropReason.IDENTICAL_AFTER_TRUNCATION,
-                f"the first {len(cut[0].ids)} tokens are the same, max_length={self.max_length}",
+                f"the first {len(cut[0].ids)} tokens are the same, max_length={most}",
             )
         prepared.truncated = sum(part.cut for part in cut)
         prepared.eos_lost = any(part.eos_lost for part in cut)

@@ -136,10 +136,11 @@ def packed(groups: Groups, pad_token_id: int) -> Layout:
     return _assemble("packed", groups, torch.cat(tokens)[None], positions, blocks, score, last)
 
 
-def padded(groups: Groups, pad_token_id: int) -> Layout:
-    """Give every sequence a row of its own, padded on the right with `pad_token_id`."""
+def padded(groups: Groups, pad_token_id: int, multiple: int = 1) -> Layout:
+    """Give every sequence a row of its own, padded on the right with `pad_token_id` to a multiple of some tokens."""
     sequences = list(_sequences(groups))
     width = max(sequence.numel() for sequence, _ in sequences)
+    width = -(-width // multiple) * multiple
     input_ids = groups.input_ids.new_full((len(sequences), width), pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool, device=input_ids.device)
     score, last = [], []

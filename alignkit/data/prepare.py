@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.encode_rows import Prepared, RowEncoder, fit, with_mismatches
+from alignkit.data.encode_rows import LengthLimit, Prepared, RowEncoder, fit, with_mismatches
 from alignkit.data.reasons import DropReason
 from alignkit.data.records import NUMBERS, Kind, kind_of
 from alignkit.data.report import PreparationReport
@@ -42,6 +42,7 @@ def prepare_preferences(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
+    drop_longer: bool = False,
     unpaired: bool = False,
     max_drop_fraction: float = 0.2,
     num_proc: int | None = None,
@@ -59,6 +60,7 @@ def prepare_preferences(
         dataset: a `datasets.Dataset`, an `IterableDataset` (encoded while it is read), or a list of dicts.
         tokenizer: the model's tokenizer, with a chat template if rows are conversations.
         max_length: tokens of prompt + completion; longer completions lose their end. None: no limit.
+        drop_longer: drop rows with a longer completion instead, as a reward model must: it reads the end.
         unpaired: whether the loss reads single completions with labels (`loss_type="kto"`).
         max_drop_fraction: the share of rows that may be dropped; more is an error.
         num_proc: processes for a map-style dataset.
@@ -74,15 +76,16 @@ def prepare_preferences(
     """
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length={max_length} leaves no room for a prompt and a completion; give at least 2.")
+    limit = LengthLimit(max_length, drop_longer)
     report = PreparationReport(name)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, tokenizer, report, max_length, unpaired, max_drop_fraction), report
+        return _prepare_stream(dataset, tokenizer, report, limit, unpaired, max_drop_fraction), report
     if isinstance(dataset, Mapping):
         raise DataError(f"{name}: a dict of datasets {sorted(map(str, dataset))}; give one of them.")
     columns = dataset.column_names if isinstance(dataset, Dataset) else _columns_of(dataset, name)
     if len(dataset) == 0:
         raise DataError(f"{name}: the dataset has no rows.")
-    encoder = _encoder(columns, tokenizer, max_length, unpaired, name)
+    encoder = _encoder(columns, tokenizer, limit, unpaired, name)
     if isinstance(dataset, Dataset):
         encoded = _encode_dataset(dataset, encoder, num_proc, name)
     else:
@@ -98,7 +101,7 @@ def prepare_preferences(
 
 
 def _encoder(
-    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, unpaired: bool, name: str
+    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: LengthLimit, unpaired: bool, name: str
 ) -> RowEncoder:
     kind = kind_of(columns)
     labelled_tokens = kind is Kind.TOKENS and "label" in columns
@@ -118,7 +121,7 @@ def _encoder(
                 "remove the column."
             )
         numbers = tuple(column for column in numbers if column == "weight")
-    return RowEncoder(RecordTokenizer(tokenizer), kind, unpaired, numbers, max_length)
+    return RowEncoder(RecordTokenizer(tokenizer), kind, unpaired, numbers, limit)
 
 
 def _features(encoder: RowEncoder) -> dict[str, Any]:
@@ -227,7 +230,7 @@ def _add_mismatches(prepared: Dataset, encoder: RowEncoder, name: str) -> Datase
     )
     return beside.map(
         _fit_batch,
-        fn_kwargs={"max_length": encoder.max_length},
+        fn_kwargs={"max_length": encoder.limit.tokens},
         batched=True,
         batch_size=_BATCH_ROWS,
         features=Features(_features(encoder)),
@@ -244,7 +247,7 @@ def _prepare_stream(
     stream: IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     report: PreparationReport,
-    max_length: int | None,
+    limit: LengthLimit,
     unpaired: bool,
     max_drop_fraction: float,
 ) -> IterableDataset:
@@ -252,7 +255,7 @@ def _prepare_stream(
     if first is None:
         raise DataError(f"{report.name}: the stream has no rows.")
     columns = [*(stream.column_names or []), *(column for column in first if column not in (stream.column_names or []))]
-    encoder = _encoder(columns, tokenizer, max_length, unpaired, report.name)
+    encoder = _encoder(columns, tokenizer, limit, unpaired, report.name)
     # A tokenizer that cannot serve these rows is an error now, not at the first step.
     encoder.encode([{column: first.get(column) for column in columns}], [0])
     batches = StreamEncoder(encoder, tuple(columns), report, max_drop_fraction)
@@ -324,7 +327,7 @@ def _unpaired_rows(stream: IterableDataset, batches: StreamEncoder) -> Iterator[
 
 
 def _mismatched(row: Prepared, following: Prepared, encoder: RowEncoder) -> Iterator[dict[str, Any]]:
-    for example in with_mismatches(row.examples, following.examples, encoder.max_length):
+    for example in with_mismatches(row.examples, following.examples, encoder.limit.tokens):
         yield _as_row(row, example, encoder)
 
 

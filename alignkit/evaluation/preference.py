@@ -15,11 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from alignkit.errors import DataError
+from alignkit.functional.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from alignkit.trainers.dpo import DPOTrainer
+    from alignkit.trainers.reward import RewardTrainer
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
@@ -74,13 +76,9 @@ def accuracy_interval(correct: float, total: int) -> Estimate:
     Raises:
         ValueError: no rows, or more correct ones than rows.
     """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} of {total} rows is not a share")
-    low, high = (
-        stats.binomtest(count, total).proportion_ci(_CONFIDENCE, method="wilson")
-        for count in (math.floor(correct), math.ceil(correct))
-    )
-    return Estimate(correct / total, float(low.low), float(high.high))
+    low, _ = wilson_interval(math.floor(correct), total, _CONFIDENCE)
+    _, high = wilson_interval(math.ceil(correct), total, _CONFIDENCE)
+    return Estimate(correct / total, low, high)
 
 
 def mean_interval(values: ArrayLike) -> Estimate:
@@ -169,6 +167,22 @@ def summarize_preferences(trainer: DPOTrainer, dataset: Dataset | IterableDatase
     if trainer.objective.is_unpaired:
         return summarize_labelled(loss, chosen, output.label_ids, lengths[:, 0])
     return summarize_pairs(loss, chosen, rejected, lengths[:, 0], lengths[:, 1])
+
+
+def summarize_rewards(trainer: RewardTrainer, dataset: Dataset | IterableDataset) -> PreferenceSummary:
+    """Score `dataset` with the trainer's reward model as it is now; several heads count with their mean.
+
+    Args:
+        trainer: it predicts; its loss is reported.
+        dataset: prepared rows, such as `trainer.eval_dataset` or a selection of it.
+
+    Raises:
+        DataError: the rows are not prepared.
+    """
+    lengths = _completion_tokens(dataset)
+    output: Any = trainer.predict(dataset)
+    chosen, rejected = (rewards.mean(axis=1) for rewards in output.predictions)
+    return summarize_pairs(output.metrics["test_loss"], chosen, rejected, lengths[:, 0], lengths[:, 1])
 
 
 def _completion_tokens(dataset: Dataset | IterableDataset) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ def margin_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = {name: _curve(log_history, key) for name, key in _CURVES.items()}
+    curves = {name: _curve(log_history, keys) for name, keys in _CURVES.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         logger.warning("No picture of the margin: the log holds none.")
@@ -106,11 +106,12 @@ def margin_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -
     return Path(path)
 
 
-_CURVES = {"training": "rewards/margins", "held out": "eval_rewards/margins"}
+# Names of the margin in the log of a policy and of a reward model.
+_CURVES = {"training": ("rewards/margins", "margin"), "held out": ("eval_rewards/margins", "eval_margin")}
 
 
-def _curve(log_history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+def _curve(log_history: Sequence[Mapping[str, float]], keys: Sequence[str]) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history for key in keys if key in entry]
 
 
 def _accuracy(summary: PreferenceSummary) -> str:

@@ -164,10 +164,22 @@ def add_reward_adapter(
             f"'{base.config._name_or_path}': its rewards would mean nothing. Use the same base for both, load the "
             "reward model by itself, or pass check_base=False if the two are the same weights under two names."
         )
-    if not has_head(base, SCORE):
+    is_first = not has_head(base, SCORE)
+    if is_first:
         put_head(base, SCORE, saved.outputs)
-    config = copy.deepcopy(saved.config)
-    add_frozen_adapter(model, saved.source.name, name, config, custom_modules=custom_modules)
+    try:
+        add_frozen_adapter(
+            model,
+            saved.source.name,
+            name,
+            copy.deepcopy(saved.config),
+            custom_modules=custom_modules,
+            **hub_kwargs_of(saved.source),
+        )
+    except ModelError:
+        if is_first:
+            delattr(base, SCORE)
+        raise
     return saved.outputs
 
 

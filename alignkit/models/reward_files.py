@@ -41,8 +41,8 @@ def load_reward_model(
     """Load what `RewardTrainer` saved as a plain `...ForSequenceClassification`, in evaluation mode.
 
     It gives the rewards of training: the head is fp32 whatever the base's dtype, and `pad_token_id` is one that ends
-    no text (see `with_distinct_pad_token`). Tokenize prompt and completion together, as in training: the chat template
-    for conversations; `prompt + completion + tokenizer.eos_token` for text.
+    no text (see `with_distinct_pad_token`). Tokenize prompt and completion together, as in training: conversations with
+    `tokenizer.apply_chat_template(messages)`, text with `tokenizer(prompt + completion + tokenizer.eos_token)`.
 
     Args:
         folder: an output folder or checkpoint of `RewardTrainer`, or its name on the Hub.
@@ -153,11 +153,11 @@ Without alignkit, with plain transformers{peft_too}:
 
 `pad_token_id` matters: a sequence classifier reads the last token whose id is not the padding token's. With a padding
 token that equals the end-of-sequence token it would read the token before the end, and give other rewards. The
-tokenizer in this folder pads with `{pad_token}`. Rewards of 16-bit or 4-bit bases are those of training up to rounding;
-load the head in fp32, as `load_reward_model` does, to come closest.
+tokenizer in this folder pads with `{pad_token}`. In 16 bits rewards are those of training up to rounding;
+`load_reward_model` comes closest, because it keeps the head in fp32.
 
-Tokenize prompt and answer together: by the chat template for conversations, as `prompt + answer +
-tokenizer.eos_token` for plain text.
+Tokenize prompt and answer together: conversations with `tokenizer.apply_chat_template(messages)`, plain text with
+`tokenizer(prompt + answer + tokenizer.eos_token)`.
 """
 
 _ADAPTER_SNIPPET = """from peft import PeftModel
@@ -165,14 +165,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 base = AutoModelForSequenceClassification.from_pretrained(
-    "{base}", num_labels={outputs}, pad_token_id=tokenizer.pad_token_id
+    "{base}", num_labels={outputs}, pad_token_id=tokenizer.pad_token_id, dtype="float32"
 )
 model = PeftModel.from_pretrained(base, "{folder}").eval()"""
 
 _WHOLE_SNIPPET = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForSequenceClassification.from_pretrained("{folder}").eval()"""
+model = AutoModelForSequenceClassification.from_pretrained("{folder}", dtype="float32").eval()"""
 
 
 def how_to_load_reward(folder: str | Path, *, base: str | None, outputs: int) -> str:

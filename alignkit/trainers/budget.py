@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.config_engine import EngineConfig
 
 # On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
 CPU_TOKENS = 2048
@@ -20,7 +20,7 @@ FEWEST_TOKENS = 512
 
 
 def forward_budget_tokens(
-    base: PreTrainedModel, args: DPOConfig, distributed_type: DistributedType = DistributedType.NO
+    base: PreTrainedModel, args: EngineConfig, distributed_type: DistributedType = DistributedType.NO
 ) -> int | None:
     """Return the tokens per forward pass that `max_tokens_per_forward` means, or `None` for whole micro-batches.
 
@@ -38,7 +38,7 @@ def forward_budget_tokens(
     return _device_tokens(base, args) if isinstance(asked, str) else asked
 
 
-def _device_tokens(base: PreTrainedModel, args: DPOConfig) -> int:
+def _device_tokens(base: PreTrainedModel, args: EngineConfig) -> int:
     """Estimate how many tokens fit one forward and backward pass on this process's device.
 
     The estimate counts what autograd keeps per token: with activation checkpointing one hidden state per layer and the

@@ -1,4 +1,4 @@
-"""Callbacks of `DPOTrainer`: checkpointing's adapter, a moving reference, likelihood displacement, dead gradients."""
+"""Callbacks of `DPOTrainer`: a moving reference, and likelihood displacement."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from alignkit.errors import CheckpointError, TrainingError
+from alignkit.errors import CheckpointError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.bundle import POLICY, ModelBundle
-from alignkit.models.lora import is_quantized
 from alignkit.models.reference_sync import sync_reference_adapter
+from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -23,19 +23,6 @@ logger = logging.getLogger(__name__)
 # the pairs of a window, in this many windows running.
 DISPLACEMENT_NATS = 5.0
 DISPLACEMENT_WINDOWS = 3
-# Optimizer steps with gradients of exactly zero, running, that a quantized base is allowed.
-DEAD_STEPS = 3
-
-
-class ProtectCheckpointing(TrainerCallback):
-    """Give activation checkpointing back its memory of the adapter, after `Trainer.train` turned it on its own way."""
-
-    def __init__(self, bundle: ModelBundle) -> None:
-        self.bundle = bundle
-
-    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kwargs_of_torch: Any = args.activation_checkpointing_kwargs  # parsed by TrainingArguments by now
-        self.bundle.protect_checkpointing(kwargs_of_torch)
 
 
 class SyncReference(TrainerCallback):
@@ -106,41 +93,11 @@ class DisplacementGuard(TrainerCallback):
             )
 
 
-class LiveGradients(TrainerCallback):
-    """Stop when a quantized base lets no gradient through.
-
-    An inference pass outside the trainer can repack 4-bit layers on a CPU, after which every gradient below them is
-    zero with nothing else to show for it. A single step without gradients may be healthy (a hinge loss that every pair
-    satisfies), several in a row are not.
-    """
-
-    def __init__(self) -> None:
-        self.dead_steps = 0
-
-    def on_pre_optimizer_step(
-        self, args: DPOConfig, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not gradients:
-            return
-        self.dead_steps = 0 if any(bool(gradient.any()) for gradient in gradients) else self.dead_steps + 1
-        if self.dead_steps == DEAD_STEPS:
-            raise TrainingError(
-                f"step {state.global_step + 1}: every gradient has been exactly zero for {DEAD_STEPS} steps, so "
-                "nothing trains. On a quantized base this means that an inference pass outside the trainer "
-                "repacked its weights. Load the model anew, and generate through the trainer's own model."
-            )
-
-
 def dpo_callbacks(bundle: ModelBundle, args: DPOConfig, beta: float) -> list[TrainerCallback]:
     """Return the callbacks that a DPO run needs."""
     callbacks: list[TrainerCallback] = []
     if any(LOSSES[name].needs_reference for name in args.loss_type):  # other rewards are no log-ratios
         callbacks.append(DisplacementGuard(beta))
-    if args.activation_checkpointing:
-        callbacks.append(ProtectCheckpointing(bundle))
     if args.sync_ref_model:
         callbacks.append(SyncReference(bundle))
-    if isinstance(bundle.model, PeftModel) and is_quantized(bundle.base):
-        callbacks.append(LiveGradients())
-    return callbacks
+    return [*callbacks, *engine_callbacks(bundle, args)]

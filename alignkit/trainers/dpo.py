@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import AutocastKwargs
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,27 +22,48 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
 
-from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, pairs_of, split_batch
-from alignkit.data.layout import Layout, group_costs, layout_function, token_bounded_chunks
+from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator
+from alignkit.data.layout import Layout
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
 from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
 from alignkit.models.adapters import REFERENCE_ADAPTER
 from alignkit.models.bundle import REFERENCE
-from alignkit.models.probe import choose_layout
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
 from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks import dpo_callbacks
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
-from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metrics, add_pair_metrics, add_token_metrics
+from alignkit.trainers.metrics import (
+    MetricWindow,
+    Throughput,
+    add_label_metrics,
+    add_pair_metrics,
+    add_token_metrics,
+    add_window_metrics,
+)
 from alignkit.trainers.objective import Objective
+from alignkit.trainers.passes import (
+    Passes,
+    accelerator_arguments,
+    accumulate,
+    count_rows,
+    refuse_data_parallel,
+    share_of_step,
+)
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reference_cache import with_reference_logps
-from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer, check_columns, each_dataset, short_name
-
-AnyDataset = Dataset | IterableDataset | list
+from alignkit.trainers.setup import (
+    AnyDataset,
+    build_bundle,
+    build_policy,
+    build_tokenizer,
+    check_columns,
+    each_dataset,
+    own_copy,
+    short_name,
+)
 
 
 class DPOTrainer(Trainer):
@@ -97,7 +114,7 @@ class DPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
-        args = copy.copy(args) if args is not None else DPOConfig(f"{short_name(model)}-DPO")
+        args = own_copy(args if args is not None else DPOConfig(f"{short_name(model)}-DPO"))
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -109,9 +126,6 @@ class DPOTrainer(Trainer):
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)
-        config: Any = copy.copy(args.accelerator_config)
-        config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
-        args.accelerator_config = config
         super().__init__(
             model=policy,
             args=args,
@@ -125,8 +139,13 @@ class DPOTrainer(Trainer):
         )
         self._refuse_unsupported()
         self.objective = Objective.from_config(args, self._mean_over_processes)
-        self._layout: str | None = None  # chosen on the first batch
-        self._max_tokens = forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type)
+        self._passes = Passes(
+            self.bundle,
+            args,
+            cast(int, tokenizer.pad_token_id),
+            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
+            self.compute_loss_context_manager,
+        )
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._throughput = Throughput()
         if self.bundle.reference is not None:
@@ -196,8 +215,7 @@ class DPOTrainer(Trainer):
     ) -> tuple[list, Tensor | None]:
         """Take the micro-batches of one optimizer step, and count their pairs over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs: Any = torch.tensor(sum(len(batch["lengths"]) for batch in batches), device=device)
-        return batches, cast(Tensor, self.accelerator.reduce(pairs, reduction="sum"))
+        return batches, count_rows(batches, self.accelerator, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
@@ -212,12 +230,10 @@ class DPOTrainer(Trainer):
         chunks = self._chunks(inputs)
         if len(chunks) > 1 and self.objective.couples_rows:
             self._add_coefficients(model, inputs, chunks)
-        loss = torch.zeros((), device=self.args.device)
-        for chunk in chunks:
-            is_last = chunk is chunks[-1]
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model), self._offloading():
-                loss += super().training_step(model, chunk, num_items_in_batch)
-        return loss
+        step = super().training_step
+        return accumulate(
+            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        )
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
@@ -238,18 +254,15 @@ class DPOTrainer(Trainer):
         features = self.objective.features(scores, layout)
         if "coefficients" in inputs:  # a chunk of a coupled batch: its rows' losses are known, their slopes are given
             result = PreferenceLoss(inputs["losses"], inputs["chosen_rewards"], inputs["rejected_rewards"])
-            slope = (features * inputs["coefficients"]).sum()
-            total = result.losses.sum() + slope - slope.detach()
+            slopes = (features * inputs["coefficients"]).sum(1)
+            losses = result.losses + slopes - slopes.detach()
         else:
             reference = self._reference_logps(model, layout, inputs)
             pair_weights = self.objective.weights(scores, layout)
             result = self.objective(features, reference, layout.pair_tokens, inputs, pair_weights)
-            total = result.losses.sum()
+            losses = result.losses
         self._record(model, inputs, layout, scores, few, result, PairLogps(*features.detach()[:, :2].unbind(1)))
-        if num_items_in_batch is None:
-            loss = total / len(result.losses)
-        else:  # DDP and FSDP average gradients over processes; the mean over the step's pairs wants their sum
-            loss = total * self.accelerator.num_processes / num_items_in_batch
+        loss = share_of_step(losses, num_items_in_batch, self.accelerator)
         return (loss, result) if return_outputs else loss
 
     def prediction_step(
@@ -272,12 +285,7 @@ class DPOTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
 
     def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
-        pairs = pairs_of(inputs)
-        pad = cast(int, self.processing_class.pad_token_id)
-        if self._layout is None:
-            with self.compute_loss_context_manager():
-                self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
-        return layout_function(self._layout)(pairs, pad)
+        return self._passes.lay_out(inputs)
 
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
@@ -302,11 +310,7 @@ class DPOTrainer(Trainer):
     # --- chunks ---
 
     def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        if self._max_tokens is None:
-            return [inputs]
-        layout = self._lay_out(inputs).name  # what a pair costs depends on it
-        sizes = token_bounded_chunks(group_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
-        return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
+        return self._passes.split(inputs)
 
     @torch.no_grad()
     def _add_coefficients(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[dict[str, Tensor]]) -> None:
@@ -330,10 +334,6 @@ class DPOTrainer(Trainer):
         for name, tensor in parts.items():
             for chunk, part in zip(chunks, tensor.detach().split(sizes), strict=True):
                 chunk[name] = part
-
-    def _offloading(self) -> contextlib.AbstractContextManager:
-        pin = self.args.device.type == "cuda"
-        return save_on_cpu(pin_memory=pin) if self.args.activation_offloading else contextlib.nullcontext()
 
     # --- metrics and files ---
 
@@ -361,22 +361,11 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
-        losses = [key for key in logs if key.endswith("_loss") and key != "train_loss"]
-        if losses:
-            evaluated = min(losses, key=len).removesuffix("loss")  # `compute_metrics` may have added longer ones
-            logs |= {evaluated + name: value for name, value in self._windows["eval"].means(self.accelerator).items()}
-        elif "loss" in logs:
-            logs |= self._windows["train"].means(self.accelerator)
-            logs |= self._throughput.read(self.accelerator.num_processes, self.args.device)
+        add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
         super().log(logs, start_time)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        arguments = super()._build_accelerator_args(**kwargs)
-        if isinstance(self.model, PeftModel):
-            # A frozen base already has the compute dtype and adapters are cast by their own layers: autocast would
-            # only cast again. Its gradient scaler, which fp16 needs, stays.
-            arguments["kwargs_handlers"].append(AutocastKwargs(enabled=False))
-        return arguments
+        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -388,11 +377,7 @@ class DPOTrainer(Trainer):
             shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
 
     def _refuse_unsupported(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ConfigError(
-                "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
-                "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
+        refuse_data_parallel(self.args)
         if is_deepspeed_zero3_enabled() and (self.bundle.reference is not None or self.args.precompute_ref_log_probs):
             raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
         if self.is_fsdp_enabled and self.bundle.reference is not None:

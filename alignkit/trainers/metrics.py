@@ -9,7 +9,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import cast
+from collections.abc import Mapping
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,14 @@ from torch import Tensor
 
 from alignkit.functional.preference import PairLogps, PreferenceLoss
 from alignkit.models.scoring import TokenScores
+
+
+class Window(Protocol):
+    """Whatever was recorded since the last `means()`."""
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the metrics over all processes, and start anew."""
+        ...
 
 
 class MetricWindow:
@@ -109,6 +118,26 @@ class Throughput:
         }
         self.reset()
         return metrics
+
+
+def add_window_metrics(
+    logs: dict[str, float], windows: Mapping[str, Window], throughput: Throughput, accelerator: Accelerator
+) -> None:
+    """Add to an entry of the log what its window recorded: of an evaluation under its prefix, of training with speed.
+
+    Args:
+        logs: as Trainer made them.
+        windows: of `"train"` and `"eval"`.
+        throughput: of training.
+        accelerator: of the run.
+    """
+    losses = [key for key in logs if key.endswith("_loss") and key != "train_loss"]
+    if losses:
+        evaluated = min(losses, key=len).removesuffix("loss")  # `compute_metrics` may have added longer ones
+        logs |= {evaluated + name: value for name, value in windows["eval"].means(accelerator).items()}
+    elif "loss" in logs:
+        logs |= windows["train"].means(accelerator)
+        logs |= throughput.read(accelerator.num_processes, accelerator.device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

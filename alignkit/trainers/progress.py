@@ -12,13 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
-from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.config_engine import EngineConfig
 
 # Entries of a log and how they are shown, in this order; those that a log does not have are left out.
 _SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "rewards/margins": "margin {:.3f}",
+    "accuracy": "accuracy {:.3f}",
+    "margin": "margin {:.3f}",
     "pairs_per_second": "{:.3g} pairs/s",
 }
 
@@ -39,7 +41,7 @@ class ProgressDisplay(TrainerCallback):
         self._evaluation: TaskID | None = None
         self._started = (0.0, 0)  # seconds, and the step that the run or its resumption began with
 
-    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: EngineConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._started = (time.perf_counter(), state.global_step)
         if state.is_world_process_zero and self.console.is_terminal and not args.disable_tqdm:
             self._open()
@@ -48,14 +50,14 @@ class ProgressDisplay(TrainerCallback):
                 "training", total=state.max_steps, completed=state.global_step, metrics=""
             )
 
-    def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: EngineConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._live is not None and self._training is not None:
             left = f"training, {self._left(state)} left"
             self._live.update(self._training, completed=state.global_step, description=left)
 
     def on_log(
         self,
-        args: DPOConfig,
+        args: EngineConfig,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
@@ -79,7 +81,7 @@ class ProgressDisplay(TrainerCallback):
 
     def on_prediction_step(
         self,
-        args: DPOConfig,
+        args: EngineConfig,
         state: TrainerState,
         control: TrainerControl,
         eval_dataloader: Any = None,
@@ -95,15 +97,15 @@ class ProgressDisplay(TrainerCallback):
             self._evaluation = self._live.add_task("evaluating", total=total, metrics="")
         self._live.advance(self._evaluation)
 
-    def on_evaluate(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: EngineConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._end_evaluation()
 
     def on_predict(
-        self, args: DPOConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+        self, args: EngineConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         self._end_evaluation()
 
-    def on_train_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: EngineConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._close()
 
     def _open(self) -> None:

@@ -1,4 +1,4 @@
-"""What `DPOTrainer` is handed, turned into a policy, a reference and a tokenizer."""
+"""What a trainer is handed, turned into a policy, a reference and a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,29 +22,39 @@ from alignkit.models.fused import fuse_frozen_modules
 from alignkit.models.load import load_model
 from alignkit.models.lora import FUSED_LORA, is_quantized
 from alignkit.models.reference_sync import add_synced_reference
+from alignkit.models.reward_adapter import load_reward_policy, reward_peft_config, with_reward_head
 from alignkit.models.source import locate
 from alignkit.models.tokenizer import load_tokenizer, with_pad_token
 from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.config_engine import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=EngineConfig)
 
 
 def build_policy(
     model: str | Path | PreTrainedModel | PeftModel,
-    args: DPOConfig,
+    args: EngineConfig,
     quantization_config: Any,
     peft_config: PeftConfig | None,
+    *,
+    reward_heads: int | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Return the model to train, with fp32 trainable parameters.
+
+    Args:
+        model, args, quantization_config, peft_config: as a trainer takes them.
+        reward_heads: outputs of the head that makes a reward model of it; `None` for a policy.
 
     Raises:
         ConfigError: options of loading for a model that is loaded already.
         ModelError: nothing to train, or a quantized model without an adapter.
     """
     if isinstance(model, str | Path):
-        model = _load(
-            model, args, quantization_config, adapted=peft_config is not None or locate(model, {}).adapter is not None
-        )
+        adapted = peft_config is not None or locate(model, {}).adapter is not None
+        loader = load_model if reward_heads is None else load_reward_policy
+        model = _load(model, args, quantization_config, adapted=adapted, loader=loader)
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise ModelError(f"model must be a name, a path, a PreTrainedModel or a PeftModel, not {type(model).__name__}")
     elif quantization_config is not None or args.model_init_kwargs:
@@ -52,6 +62,9 @@ def build_policy(
         raise ConfigError(
             f"{name} applies when the model is loaded; this one is loaded already. Pass its name instead."
         )
+    if reward_heads is not None:
+        model = with_reward_head(model, reward_heads)
+        peft_config = None if peft_config is None else reward_peft_config(peft_config)
     if peft_config is not None:
         model = add_adapter(cast(PreTrainedModel, model), peft_config, custom_modules=FUSED_LORA)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -77,13 +90,20 @@ def build_policy(
     return model
 
 
-def _load(name: str | Path, args: DPOConfig, quantization_config: Any, *, adapted: bool) -> PreTrainedModel | PeftModel:
+def _load(
+    name: str | Path,
+    args: EngineConfig,
+    quantization_config: Any,
+    *,
+    adapted: bool,
+    loader: Callable[..., PreTrainedModel | PeftModel] = load_model,
+) -> PreTrainedModel | PeftModel:
     dtype = None
     if "dtype" not in _init_kwargs(args):
         # Only a frozen base may have the compute dtype: what trains is fp32, under autocast.
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         dtype = compute if adapted else torch.float32
-    return load_model(
+    return loader(
         name,
         dtype=dtype,
         quantization_config=quantization_config,
@@ -94,7 +114,7 @@ def _load(name: str | Path, args: DPOConfig, quantization_config: Any, *, adapte
     )
 
 
-def _init_kwargs(args: DPOConfig) -> dict[str, Any]:
+def _init_kwargs(args: EngineConfig) -> dict[str, Any]:
     """`model_init_kwargs` as the mapping that the configuration has made of it."""
     return cast("dict[str, Any]", args.model_init_kwargs or {})
 
@@ -158,6 +178,18 @@ def _with_model(
     return ModelBundle(policy, reference=reference)
 
 
+AnyDataset = Dataset | IterableDataset | list
+
+
+def own_copy(args: ConfigT) -> ConfigT:
+    """Copy a configuration, so that the caller's stays as it is, with batches that no process deals out to others."""
+    args = copy.copy(args)
+    config: Any = copy.copy(args.accelerator_config)
+    config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
+    args.accelerator_config = config
+    return args
+
+
 def short_name(model: str | Path | PreTrainedModel | PeftModel) -> str:
     """The last part of a model's name, to call a run by."""
     name = str(model) if isinstance(model, str | Path) else model.config._name_or_path
@@ -192,7 +224,7 @@ def _readers(tensor: str) -> str:
 
 
 def build_tokenizer(
-    processing_class: Any, model: str | Path | PreTrainedModel | PeftModel, args: DPOConfig
+    processing_class: Any, model: str | Path | PreTrainedModel | PeftModel, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with a padding token; one that the caller passed is not changed.
 

@@ -199,7 +199,7 @@ def assert_same(twins: Twins, case: Case, rows: list[dict[str, Any]] | None = No
 @pytest.mark.parametrize("case", COMPARED, ids=str)
 def test_loss_gradients_and_metrics(twins: dict[str, Twins], case: Case) -> None:
     assert_same(twins["prefix_shared"], case)
-    assert twins["prefix_shared"].ours._layout == "prefix_shared"
+    assert twins["prefix_shared"].ours._passes.layout == "prefix_shared"
     assert twins["prefix_shared"].ours.bundle.kernels == {"products"}
 
 
@@ -216,7 +216,7 @@ def test_loss_gradients_and_metrics(twins: dict[str, Twins], case: Case) -> None
 )
 def test_every_layout(twins: dict[str, Twins], layout: str, case: Case) -> None:
     assert_same(twins[layout], case)
-    assert twins[layout].ours._layout == layout
+    assert twins[layout].ours._passes.layout == layout
     assert twins[layout].ours.bundle.kernels == (set() if layout == "padded" else {"products"})
 
 

@@ -186,7 +186,7 @@ def test_layouts(options: dict[str, Any], tmp_path: Path) -> None:
     assert padded[1].bundle.kernels == set()
     for layout in ("packed", "prefix_shared"):
         found = steps(tmp_path, {**options, "layout": layout})
-        assert found[1]._layout == layout
+        assert found[1]._passes.layout == layout
         assert found[1].bundle.kernels == {"products"}
         assert_same_run(found, padded)
 

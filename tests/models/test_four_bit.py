@@ -20,7 +20,7 @@ from alignkit.models.adapters import add_adapter
 from alignkit.models.bundle import ModelBundle
 from alignkit.models.load import load_model, nf4
 from alignkit.models.lora import FUSED_LORA, dense_weight, is_4bit, is_quantized, keep_unpacked
-from alignkit.trainers.callbacks import LiveGradients
+from alignkit.trainers.callbacks_engine import LiveGradients
 from tests.pair_factory import PAD, gradients, lora_config, mixed, random_pairs, reset, trainable
 
 nn = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")

@@ -12,12 +12,8 @@ from transformers import TrainerControl, TrainerState
 from alignkit.models.adapters import REFERENCE_ADAPTER
 from alignkit.models.bundle import REFERENCE, ModelBundle
 from alignkit.models.reference_sync import add_synced_reference
-from alignkit.trainers.callbacks import (
-    DisplacementGuard,
-    ProtectCheckpointing,
-    SyncReference,
-    dpo_callbacks,
-)
+from alignkit.trainers.callbacks import DisplacementGuard, SyncReference, dpo_callbacks
+from alignkit.trainers.callbacks_engine import ProtectCheckpointing
 from tests.model_factory import tiny_model
 from tests.models.test_reference_sync import changes
 from tests.pair_factory import our_bundle, our_model

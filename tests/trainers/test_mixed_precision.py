@@ -33,7 +33,7 @@ def test_a_whole_model_trains_in_bf16_from_log_ratios_of_zero(tmp_path, precompu
     cache = {"reference_cache_dir": str(tmp_path / "cache")} if precompute else {}
     run = trainer(tmp_path, bf16=True, precompute_ref_log_probs=precompute, **cache)
     run.train()
-    assert run._layout == "prefix_shared"
+    assert run._passes.layout == "prefix_shared"
     assert run.bundle.kernels == {"products"}
     assert run.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=5e-3)
 

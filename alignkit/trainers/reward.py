@@ -1,0 +1,290 @@
+"""`RewardTrainer`: Trainer's own loop around the Bradley-Terry loss. Everything here is wiring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
+
+from alignkit.data.collate import ID_COLUMNS, DPOCollator
+from alignkit.data.layout import Layout
+from alignkit.data.prepare import prepare_preferences
+from alignkit.data.report import PreparationReport
+from alignkit.errors import ConfigError
+from alignkit.functional.reward import RewardLoss, bradley_terry
+from alignkit.models.bundle import REWARD, ModelBundle
+from alignkit.models.heads import SCORE
+from alignkit.models.reward_files import save_classifier, write_reward_card
+from alignkit.trainers.budget import forward_budget_tokens
+from alignkit.trainers.callbacks_engine import engine_callbacks
+from alignkit.trainers.config_engine import warn_low_lora_learning_rate
+from alignkit.trainers.metrics import Throughput, add_window_metrics
+from alignkit.trainers.passes import (
+    Passes,
+    accelerator_arguments,
+    accumulate,
+    count_rows,
+    refuse_data_parallel,
+    share_of_step,
+)
+from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.reward_config import RewardConfig
+from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
+from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
+from alignkit.trainers.setup import AnyDataset, build_policy, each_dataset, own_copy, short_name
+
+COLUMNS = (*ID_COLUMNS, "margin", "weight")
+
+
+class RewardTrainer(Trainer):
+    """A reward model from preferences (Bradley-Terry; arXiv 2203.02155, Eq. 1), with TRL 1.16's constructor.
+
+    The model stays a causal language model with a head `score` beside its output layer, which never runs: a pair's
+    prompt is computed once, and rewards are read at the last token of each completion. What is saved is a sequence
+    classifier, or a PEFT adapter for one (`alignkit.load_reward_model`).
+
+    Args:
+        model: a name, a path, `"demo"`, a causal language model, the folder of a reward adapter to train on, or a
+            `PeftModel` that holds one.
+        args: options; by default `RewardConfig("<model>-Reward")`.
+        data_collator: by default `DPOCollator`. Another one returns the same kind of batch.
+        train_dataset: preferences in any format that `prepare_preferences` reads, or token ids. A `margin` column is
+            what the difference of rewards should exceed; a `weight` column multiplies a row's loss.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer; by default the model's.
+        compute_metrics: gets `predictions = (chosen rewards, rejected rewards)`, `(N, heads)` each.
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as for `Trainer`.
+        quantization_config: `alignkit.nf4()`, `alignkit.int8()` or another; for a model given by name.
+        peft_config: a new adapter for the model; the head is trained with it in any case.
+
+    Attributes:
+        reports: what data preparation kept and dropped, by dataset name.
+        bundle: the roles on the base; the reward is one.
+
+    Raises:
+        ConfigError, DataError, ModelError: before any forward pass, with what to change.
+    """
+
+    _tag_names = ("alignkit", "reward-trainer")
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
+    args: RewardConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset | IterableDataset
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if train_dataset is None:
+            raise ConfigError("train_dataset is required: pass a dataset of preferences")
+        args = own_copy(args if args is not None else RewardConfig(f"{short_name(model)}-Reward"))
+        set_seed(args.seed)
+        tokenizer = reward_tokenizer(processing_class, model, args)
+        self.reports: dict[str, PreparationReport] = {}
+        prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
+        prepared: Any = prepare(train_dataset, "train")
+        check_reward_data(prepared, args)
+        prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
+        policy = build_policy(model, args, quantization_config, peft_config, reward_heads=args.num_heads)
+        worn = policy.active_adapters[0] if isinstance(policy, PeftModel) else None
+        self.bundle = ModelBundle(policy, adapters={REWARD: worn}, heads={REWARD: SCORE})
+        if worn is not None:
+            warn_low_lora_learning_rate(args)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or DPOCollator(),
+            train_dataset=prepared,
+            eval_dataset=prepared_eval,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        refuse_data_parallel(args)
+        self._passes = Passes(
+            self.bundle,
+            args,
+            cast(int, tokenizer.pad_token_id),
+            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
+            self.compute_loss_context_manager,
+        )
+        shown = [reward_metrics, *([ensemble_metrics] if args.num_heads > 1 else [])]
+        self._windows = {"train": RewardWindow(*shown), "eval": RewardWindow(*shown, uncertainty_metrics)}
+        self._throughput = Throughput()
+        for callback in engine_callbacks(self.bundle, args):
+            self.add_callback(callback)
+        use_progress_display(self)
+        self.model.add_model_tags(list(self._tag_names))
+
+    # --- data ---
+
+    def _prepare(
+        self, dataset: AnyDataset, name: str, *, tokenizer: PreTrainedTokenizerBase, args: RewardConfig
+    ) -> Any:
+        """Tokenise `dataset` unless it is already; keep the report and say what was dropped."""
+        prepared, self.reports[name] = prepare_preferences(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            drop_longer=True,
+            max_drop_fraction=args.max_drop_fraction,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(COLUMNS)
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """Bring a dataset that came after construction to the form of those that came with it."""
+        if dataset is None or isinstance(dataset, str | Mapping):  # Trainer comes back for each of a dict
+            return dataset
+        return self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as `Trainer` does; a dataset given here may be in any format that the constructor takes."""
+        return super().evaluate(self._ready(eval_dataset, "eval"), ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Return `(chosen rewards, rejected rewards)`, each `(N, heads)`, as predictions, and the metrics.
+
+        `alignkit.functional.reward.ensemble` takes mean, minimum and spread over the heads.
+        """
+        output = super().predict(self._ready(test_dataset, "test"), ignore_keys, metric_key_prefix)
+        means = self._windows["eval"].means(self.accelerator)
+        (output.metrics or {}).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; `args.resume_from_checkpoint` counts where none is given here."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._throughput.reset()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # --- one step ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """Take the micro-batches of one optimizer step, and count their pairs over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, count_rows(batches, self.accelerator, device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Run a micro-batch in token-bounded chunks. Pairs do not depend on each other: the gradient is the whole's."""
+        model.train()
+        step = super().training_step
+        chunks = self._chunks(self._prepare_inputs(inputs))
+        return accumulate(
+            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
+        return self.accelerator.autocast()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the batch's share of the step's mean loss; with `return_outputs`, rewards `(chosen, rejected)` too."""
+        layout = self._lay_out(inputs)
+        rewards = self.bundle.values(layout, layout.last_index, role=REWARD, wrapped=model)  # (2B, K)
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        losses = self._objective(chosen, rejected, inputs).losses
+        self._windows["train" if model.training else "eval"].add(chosen, rejected)
+        if model.training:
+            self._throughput.add(len(losses), layout.tokens)
+        loss = share_of_step(losses, num_items_in_batch, self.accelerator)
+        return (loss, (chosen, rejected)) if return_outputs else loss
+
+    def _objective(self, chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]) -> RewardLoss:
+        result = bradley_terry(
+            chosen,
+            rejected,
+            margin=columns.get("margin"),
+            label_smoothing=self.args.label_smoothing,
+            center_coef=self.args.center_rewards_coefficient or 0.0,
+        )
+        return result._replace(losses=result.losses * columns["weight"]) if "weight" in columns else result
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Return the loss, the rewards `(chosen, rejected)`, `(B, K)` each, and one label per pair (always 1)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(inputs)]
+        chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+        loss = self._objective(chosen, rejected, inputs).losses.mean()
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, (chosen, rejected), torch.ones(len(chosen), dtype=torch.bool, device=loss.device)
+
+    def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
+        return self._passes.lay_out(inputs)
+
+    def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return self._passes.split(inputs)
+
+    # --- metrics and files ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
+        add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
+        super().log(logs, start_time)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder, base = str(output_dir or self.args.output_dir), None
+        if isinstance(self.model, PeftModel):
+            base = self.model.peft_config[self.model.active_adapters[0]].base_model_name_or_path or ""
+        else:  # over the causal language model that Trainer saved, whose output layer means nothing here
+            pad = cast(int, self.processing_class.pad_token_id)
+            save_classifier(self.model, folder, pad_token_id=pad, state_dict=state_dict)
+        pad_token = str(self.processing_class.pad_token)
+        write_reward_card(folder, base=base, outputs=self.args.num_heads, pad_token=pad_token)
