@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from datasets import List, Value
+
 from alignkit.data.reasons import BadRow, DropReason
 from alignkit.data.records import Kind, Preference, Record, TokenRow, Transcripts, Unpaired, to_record
 from alignkit.data.report import PreparationReport
@@ -64,6 +66,13 @@ class RowEncoder:
     version: int = ENCODING_VERSION
 
     @property
+    def features(self) -> dict[str, Any]:
+        """The columns of the result; `label` only where a loss of unpaired rows reads it."""
+        ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
+        label = {"label": Value("bool")} if self.unpaired else {}
+        return {"row_id": Value("int64"), **ids, **dict.fromkeys(self.numbers, Value("float64")), **label}
+
+    @property
     def examples_per_row(self) -> int:
         """Examples that one input row gives."""
         return 2 if self.unpaired and self.kind is Kind.PAIRED else 1
@@ -77,11 +86,9 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Mapping[str, Any]], row_ids: Sequence[int]) -> list[Prepared]:
         """Encode one batch; every row gives one `Prepared`, in order."""
-        template = self.tokenizer.tokenizer.chat_template
-        transcripts = Transcripts.AS_TEXT if template is None else Transcripts.TO_MESSAGES
         if not self.unpaired:  # a pair has no label; some datasets have such a column for other ends
             rows = [{column: row[column] for column in row if column != "label"} for row in rows]
-        records = [_record(row, transcripts) for row in rows]
+        records = [_record(row, self.tokenizer.transcripts) for row in rows]
         texts = {i: record for i, record in enumerate(records) if isinstance(record, Preference | Unpaired)}
         encoded = dict(zip(texts, self.tokenizer.encode(list(texts.values())), strict=True))
         return [

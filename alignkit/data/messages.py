@@ -118,21 +118,32 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
         ) from None
 
 
-def check_roles(prompt: Messages, completion: Messages, where: str) -> None:
-    """Check that `prompt` + `completion` is a conversation and that the completion is the assistant's.
+def check_order(messages: Messages, where: str) -> None:
+    """Check that `messages` are a conversation, or the beginning of one.
 
     A conversation is an optional system message, then user and assistant in turn, where tools may answer the
-    assistant. The prompt ends with a user or a tool; the completion starts and ends with the assistant.
+    assistant.
 
     Raises:
         BadRow: `wrong roles`, naming the first message out of order.
     """
     previous: str | None = None
-    for index, message in enumerate([*prompt, *completion]):
+    for index, message in enumerate(messages):
         if message["role"] not in _MAY_FOLLOW[previous]:
             before = "at the start" if previous is None else f"after {previous}"
             raise BadRow(DropReason.WRONG_ROLES, f"{where}: message {index} is {message['role']} {before}")
         previous = message["role"]
+
+
+def check_roles(prompt: Messages, completion: Messages, where: str) -> None:
+    """Check that `prompt` + `completion` is a conversation and that the completion is the assistant's.
+
+    The prompt ends with a user or a tool; the completion starts and ends with the assistant.
+
+    Raises:
+        BadRow: `wrong roles`, naming what is out of order.
+    """
+    check_order([*prompt, *completion], where)
     if completion[0]["role"] != "assistant":
         raise BadRow(DropReason.WRONG_ROLES, f"{where} starts with {completion[0]['role']}, not with assistant")
     if completion[-1]["role"] != "assistant":

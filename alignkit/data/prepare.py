@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.encode_dataset import BATCH_ROWS, as_row, columns_of, encode_dataset
 from alignkit.data.encode_rows import LengthLimit, Prepared, RowEncoder, fit, with_mismatches
-from alignkit.data.reasons import DropReason
 from alignkit.data.records import NUMBERS, Kind, kind_of
 from alignkit.data.report import PreparationReport
 from alignkit.data.tokenize import RecordTokenizer
 from alignkit.errors import DataError
 
-_BATCH_ROWS = 1000
 # A stream's share of drops is checked from this many rows on. As it is also the stream's batch, and only the last
 # batch of a stream is shorter, a shorter batch is where a stream of fewer rows is checked.
 _STREAM_BATCH_ROWS = 100
-_REPORT_FEATURES = {
-    "_reason": Value("string"),
-    "_detail": Value("string"),
-    "_truncated": Value("int32"),
-    "_eos_lost": Value("bool"),
-    "_not_prefix": Value("bool"),
-    "_prompt_ids": Value("int32"),
-    "_chosen_ids": Value("int32"),
-    "_rejected_ids": Value("int32"),
-}
 _PACKED = "_row"
-_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 Rows = Dataset | IterableDataset | Sequence[Mapping[str, Any]]
 
@@ -80,19 +67,11 @@ def prepare_preferences(
     report = PreparationReport(name)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, tokenizer, report, limit, unpaired, max_drop_fraction), report
-    if isinstance(dataset, Mapping):
-        raise DataError(f"{name}: a dict of datasets {sorted(map(str, dataset))}; give one of them.")
-    columns = dataset.column_names if isinstance(dataset, Dataset) else _columns_of(dataset, name)
-    if len(dataset) == 0:
-        raise DataError(f"{name}: the dataset has no rows.")
+    columns = columns_of(dataset, name)
     encoder = _encoder(columns, tokenizer, limit, unpaired, name)
-    if isinstance(dataset, Dataset):
-        encoded = _encode_dataset(dataset, encoder, num_proc, name)
-    else:
-        encoded = _encode_list(dataset, columns, encoder)
-    kept = _count(encoded, report, encoder)
+    encoded, kept = encode_dataset(dataset, columns, encoder, report, num_proc)
     report.check(max_drop_fraction)
-    prepared = encoded.select(kept).select_columns(list(_features(encoder)))
+    prepared = encoded.select(kept)
     if unpaired:
         _check_labels(prepared, name)
         if encoder.kind is not Kind.TOKENS:
@@ -124,96 +103,6 @@ def _encoder(
     return RowEncoder(RecordTokenizer(tokenizer), kind, unpaired, numbers, limit)
 
 
-def _features(encoder: RowEncoder) -> dict[str, Any]:
-    """The columns of the result; `label` only where a loss of unpaired rows reads it."""
-    ids: dict[str, Any] = {column: List(Value("int32")) for column in _ID_COLUMNS}
-    label = {"label": Value("bool")} if encoder.unpaired else {}
-    return {"row_id": Value("int64"), **ids, **{column: Value("float64") for column in encoder.numbers}, **label}
-
-
-def _columns_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{name}: row {index} is a {type(row).__name__}, not a dict of columns.")
-    return list(dict.fromkeys(chain.from_iterable(rows)))
-
-
-def _encode_dataset(dataset: Dataset, encoder: RowEncoder, num_proc: int | None, name: str) -> Dataset:
-    return dataset.with_format(None).map(
-        _map_batch,
-        fn_kwargs={"encoder": encoder},
-        batched=True,
-        batch_size=_BATCH_ROWS,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=Features({**_features(encoder), **_REPORT_FEATURES}),
-        num_proc=num_proc,
-        desc=f"Tokenizing {name}",
-    )
-
-
-def _map_batch(batch: Mapping[str, list[Any]], indices: list[int], encoder: RowEncoder) -> dict[str, list[Any]]:
-    columns = {column: batch[column] for column in batch}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return _as_columns(encoder.encode(rows, indices), encoder)
-
-
-def _as_columns(prepared: list[Prepared], encoder: RowEncoder) -> dict[str, list[Any]]:
-    """Columns with `examples_per_row` rows for each input row; a dropped row keeps its place, with a reason."""
-    columns: dict[str, list[Any]] = {column: [] for column in (*_features(encoder), *_REPORT_FEATURES)}
-    for row in prepared:
-        for example in row.examples or [{}] * encoder.examples_per_row:
-            values = {
-                **_as_row(row, example, encoder),
-                "_reason": row.reason,
-                "_detail": row.detail,
-                "_truncated": row.truncated,
-                "_eos_lost": row.eos_lost,
-                "_not_prefix": row.not_prefix,
-                **{f"_{column}": len(example.get(column, [])) for column in _ID_COLUMNS},
-            }
-            for column, value in values.items():
-                columns[column].append(value)
-    return columns
-
-
-def _as_row(row: Prepared, example: Mapping[str, Any], encoder: RowEncoder) -> dict[str, Any]:
-    """The columns of the result for one example."""
-    ids = {column: example.get(column, []) for column in _ID_COLUMNS}
-    others = {column: example.get(column) for column in _features(encoder) if column not in ("row_id", *_ID_COLUMNS)}
-    return {"row_id": row.row_id, **ids, **others}
-
-
-def _encode_list(rows: Sequence[Mapping[str, Any]], columns: list[str], encoder: RowEncoder) -> Dataset:
-    """Encode dicts without passing them through Arrow, which refuses columns of mixed types."""
-    parts: list[Prepared] = []
-    for start in range(0, len(rows), _BATCH_ROWS):
-        batch = [{column: row.get(column) for column in columns} for row in rows[start : start + _BATCH_ROWS]]
-        parts += encoder.encode(batch, range(start, start + len(batch)))
-    features = Features({**_features(encoder), **_REPORT_FEATURES})
-    return Dataset.from_dict(_as_columns(parts, encoder), features=features)
-
-
-def _count(encoded: Dataset, report: PreparationReport, encoder: RowEncoder) -> list[int]:
-    """Fill the report from the columns that the encoder left, cached or not; return the indices to keep."""
-    table = encoded.select_columns(["row_id", *_REPORT_FEATURES])[:]
-    step, kept = encoder.examples_per_row, []
-    for i in range(0, len(encoded), step):
-        row_id, reason = table["row_id"][i], table["_reason"][i]
-        if reason:
-            report.drop(row_id, DropReason(reason), table["_detail"][i])
-            continue
-        kept.extend(range(i, i + step))
-        report.keep(
-            row_id,
-            {part: table[f"_{column}"][i : i + step] for part, column in encoder.parts.items()},
-            truncated=table["_truncated"][i],
-            eos_lost=table["_eos_lost"][i],
-            not_prefix=table["_not_prefix"][i],
-        )
-    return kept
-
-
 def _check_labels(prepared: Dataset, name: str) -> None:
     labels = set(prepared.unique("label"))
     if len(labels) == 1:
@@ -232,10 +121,10 @@ def _add_mismatches(prepared: Dataset, encoder: RowEncoder, name: str) -> Datase
         _fit_batch,
         fn_kwargs={"max_length": encoder.limit.tokens},
         batched=True,
-        batch_size=_BATCH_ROWS,
-        features=Features(_features(encoder)),
+        batch_size=BATCH_ROWS,
+        features=Features(encoder.features),
         desc=f"Mismatching {name}",
-    ).select_columns(list(_features(encoder)))
+    ).select_columns(list(encoder.features))
 
 
 def _fit_batch(batch: Mapping[str, list[Any]], max_length: int | None) -> dict[str, list[Any]]:
@@ -259,7 +148,7 @@ def _prepare_stream(
     # A tokenizer that cannot serve these rows is an error now, not at the first step.
     encoder.encode([{column: first.get(column) for column in columns}], [0])
     batches = StreamEncoder(encoder, tuple(columns), report, max_drop_fraction)
-    features = Features(_features(encoder))
+    features = Features(encoder.features)
     if unpaired and encoder.kind is not Kind.TOKENS:
         return IterableDataset.from_generator(_unpaired_rows, features, {"stream": stream, "batches": batches})
     if stream.column_names is None:
@@ -305,9 +194,9 @@ class StreamEncoder:
             rows = batch[_PACKED]
         else:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        columns: dict[str, list[Any]] = {column: [] for column in _features(self.encoder)}
+        columns: dict[str, list[Any]] = {column: [] for column in self.encoder.features}
         for row in self.encode(rows, row_ids):
-            for column, value in _as_row(row, row.examples[0], self.encoder).items():
+            for column, value in as_row(row, row.examples[0], self.encoder).items():
                 columns[column].append(value)
         return columns
 
@@ -328,7 +217,7 @@ def _unpaired_rows(stream: IterableDataset, batches: StreamEncoder) -> Iterator[
 
 def _mismatched(row: Prepared, following: Prepared, encoder: RowEncoder) -> Iterator[dict[str, Any]]:
     for example in with_mismatches(row.examples, following.examples, encoder.limit.tokens):
-        yield _as_row(row, example, encoder)
+        yield as_row(row, example, encoder)
 
 
 def _encoded_rows(stream: IterableDataset, batches: StreamEncoder) -> Iterator[Prepared]:

@@ -15,6 +15,7 @@ class DropReason(str, Enum):
     IDENTICAL = "identical"
     IDENTICAL_AFTER_TRUNCATION = "identical after truncation"
     PROMPT_FILLS_LENGTH = "prompt fills the length"
+    PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"
     TOO_LONG = "longer than max_length"
     WRONG_ROLES = "wrong roles"
     NOT_A_CONTINUATION = "chosen does not continue the prompt"

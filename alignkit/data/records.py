@@ -6,7 +6,6 @@ its prompt never overlaps its completions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +23,7 @@ from alignkit.data.messages import (
     transcript_to_messages,
 )
 from alignkit.data.reasons import BadRow, DropReason
+from alignkit.data.template_arguments import template_arguments
 from alignkit.errors import DataError, nearest
 
 Text = str | Messages
@@ -39,15 +39,11 @@ FORMATS = """\
 NUMBERS = ("weight", "margin", "ref_chosen_logps", "ref_rejected_logps")
 
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_CONVERSATION_COLUMNS = ("conversations", "messages")
+CONVERSATION_COLUMNS = ("conversations", "messages")
 _NO_PROMPT = "chosen and rejected share no prompt"
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _VISION_COLUMNS = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
-_KNOWN_COLUMNS = (*_TOKEN_COLUMNS, *_CONVERSATION_COLUMNS, "prompt", "chosen", "rejected", "completion", "label")
-# Arguments of `apply_chat_template` that decide what is encoded; a row may not change them.
-_RESERVED_TEMPLATE_KEYS = frozenset(
-    {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "tools"}
-)
+_KNOWN_COLUMNS = (*_TOKEN_COLUMNS, *CONVERSATION_COLUMNS, "prompt", "chosen", "rejected", "completion", "label")
 
 
 class Kind(Enum):
@@ -96,6 +92,19 @@ class Unpaired:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt by itself, for a model to answer."""
+
+    prompt: Text
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRow:
     """A row that was tokenised elsewhere."""
 
@@ -116,18 +125,23 @@ def kind_of(columns: Iterable[str]) -> Kind:
     """
     found = list(columns)
     present = set(found)
-    vision = [column for column in found if column in _VISION_COLUMNS]
-    if vision:
-        raise DataError(f"The dataset has the column {vision[0]!r}: alignkit is text only. Remove it and its rows.")
+    check_text_only(found)
     if present.issuperset(_TOKEN_COLUMNS):
         return Kind.TOKENS
     if present.issuperset(("chosen", "rejected")):
         return Kind.PAIRED
-    conversation = present.intersection(_CONVERSATION_COLUMNS)
+    conversation = present.intersection(CONVERSATION_COLUMNS)
     if "label" in present and (conversation or present.issuperset(("prompt", "completion"))):
         return Kind.UNPAIRED
     hints = "".join(dict.fromkeys(filter(None, (_misspelling(column) for column in found))))
     raise DataError(f"The columns {found} make no format that alignkit understands.{hints} Understood are:\n{FORMATS}")
+
+
+def check_text_only(columns: Iterable[str]) -> None:
+    """Raise `DataError` for vision and audio columns."""
+    other = [column for column in columns if column in _VISION_COLUMNS]
+    if other:
+        raise DataError(f"The dataset has the column {other[0]!r}: alignkit is text only. Remove it and its rows.")
 
 
 def _misspelling(column: str) -> str:
@@ -148,7 +162,7 @@ def to_record(row: Mapping[str, Any], *, transcripts: Transcripts = Transcripts.
     kind = kind_of(row)
     if kind is Kind.TOKENS:
         return _token_row(row)
-    tools, template_kwargs = _template_arguments(row)
+    tools, template_kwargs = template_arguments(row)
     if kind is Kind.UNPAIRED:
         label = to_label(row["label"])
         prompt, (completion,) = _split(row, ("completion",), transcripts)
@@ -174,12 +188,12 @@ def to_label(value: Any) -> bool:
 
 def _split(row: Mapping[str, Any], names: tuple[str, ...], transcripts: Transcripts) -> tuple[Text, tuple[Text, ...]]:
     """Return the prompt and the completions without it, all text or all messages."""
-    conversation = next((column for column in _CONVERSATION_COLUMNS if column in row), None)
+    conversation = next((column for column in CONVERSATION_COLUMNS if column in row), None)
     if conversation is not None and names[0] not in row:  # unpaired: the last message is the completion
-        messages = _with_system(as_messages(row[conversation], conversation), row)
+        messages = with_system(as_messages(row[conversation], conversation), row)
         return _checked_messages(messages[:-1], [messages[-1:]], ("the last message",))
     if conversation is not None and "prompt" not in row:
-        return _explicit_messages(_with_system(as_messages(row[conversation], conversation), row), row, names)
+        return _explicit_messages(with_system(as_messages(row[conversation], conversation), row), row, names)
     values = [row[name] for name in names]
     if "prompt" not in row:
         return _implicit(values, names, transcripts)
@@ -191,7 +205,8 @@ def _split(row: Mapping[str, Any], names: tuple[str, ...], transcripts: Transcri
     return _explicit_messages(as_messages(prompt, "prompt"), row, names)
 
 
-def _with_system(messages: Messages, row: Mapping[str, Any]) -> Messages:
+def with_system(messages: Messages, row: Mapping[str, Any]) -> Messages:
+    """Put the row's `system` column, where it has one, before a conversation without a system message."""
     system = row.get("system")
     if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
         return [{"role": "system", "content": as_text(system, "system")}, *messages]
@@ -321,43 +336,6 @@ def _checked_messages(
         if is_empty(completion[-1]):
             raise BadRow(DropReason.EMPTY, f"{name} is empty")
     return prompt, tuple(completions)
-
-
-def _template_arguments(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
-    """Read `tools` (a list or its JSON) and `chat_template_kwargs` (a mapping or its JSON)."""
-    tools = _from_json(row.get("tools"), "tools")
-    kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"tools is {type(tools).__name__}, not a list")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise BadRow(
-            DropReason.BAD_TEMPLATE_ARGUMENTS, f"chat_template_kwargs is {type(kwargs).__name__}, not a mapping"
-        )
-    kept = {key: value for key, value in (kwargs or {}).items() if value is not None}  # None: Arrow filled it in
-    reserved = sorted(_RESERVED_TEMPLATE_KEYS.intersection(kept))
-    if reserved:
-        raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"chat_template_kwargs may not set {reserved[0]!r}")
-    return _without_none(tools) or None, kept
-
-
-def _from_json(value: Any, name: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"{name} is not JSON: {error}") from None
-
-
-def _without_none(value: Any) -> Any:
-    """Drop the keys that Arrow filled with None because another row's tools have them."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
 
 
 def _token_row(row: Mapping[str, Any]) -> TokenRow:

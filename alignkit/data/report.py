@@ -48,7 +48,8 @@ class PreparationReport:
         truncated_completions: completions that lost tokens to `max_length`.
         eos_lost: rows that lost a completion's end to `max_length`; they stay.
         not_prefix: rows whose prompt is not a token prefix of prompt + completion; they stay.
-        token_lengths: for "prompt", "chosen" and "rejected" ("completion" if unpaired): {tokens: rows kept}.
+        token_lengths: for "prompt", "chosen" and "rejected" ("completion" if unpaired; of prompts only "prompt"):
+            {tokens: rows kept}.
     """
 
     name: str = "train"

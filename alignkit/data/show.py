@@ -16,10 +16,10 @@ def show_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """Decode a prepared row; what is trained on stands between ⟦ and ⟧ and, on a terminal, in colour.
 
     Special tokens such as EOS are shown. For unpaired rows (those with a `label`) the mismatched completion, which
-    only serves the KL estimate, is shown without brackets.
+    only serves the KL estimate, is shown without brackets. A row of `prepare_prompts` has only a prompt.
 
     Args:
-        row: a row of `prepare_preferences`, with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        row: a row of `prepare_preferences`, with `prompt_ids`, `chosen_ids`, `rejected_ids`, or of `prepare_prompts`.
         tokenizer: the tokenizer that made the ids.
 
     Returns:
@@ -29,6 +29,8 @@ def show_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     identity = f" (row {row['row_id']})" if "row_id" in row else ""
     text = Text()
     _part(text, f"prompt{identity}, {len(prompt)} tokens, not trained on", _decode(tokenizer, [], prompt), None)
+    if "chosen_ids" not in row:
+        return text
     chosen = _decode(tokenizer, prompt, row["chosen_ids"])
     rejected = _decode(tokenizer, prompt, row["rejected_ids"])
     chosen_tokens, rejected_tokens = len(row["chosen_ids"]), len(row["rejected_ids"])

@@ -16,8 +16,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignkit.data.messages import Messages
 from alignkit.data.reasons import BadRow, DropReason
-from alignkit.data.records import Preference, Text, Unpaired
+from alignkit.data.records import Preference, Prompt, Text, Transcripts, Unpaired
 from alignkit.errors import DataError
+
+# What becomes token ids: a prompt with two completions, one or none.
+Asked = Preference | Unpaired | Prompt
 
 # A completion that no template writes by itself: it shows where a template puts what the assistant says.
 _MARKER = "\u241fmarker\u241f"
@@ -69,7 +72,8 @@ class RecordTokenizer:
     """Turns records into token ids with one call of the tokenizer per batch.
 
     Args:
-        tokenizer: any transformers tokenizer; conversational records need its chat template, text records its EOS.
+        tokenizer: any transformers tokenizer; conversational records need its chat template, completions
+            that are text its EOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -89,11 +93,17 @@ class RecordTokenizer:
             self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         return self._vocabulary
 
-    def encode(self, records: Sequence[Preference | Unpaired]) -> list[EncodedRow | BadRow]:
+    @property
+    def transcripts(self) -> Transcripts:
+        """What becomes of raw transcripts: messages if there is a chat template to write them with."""
+        return Transcripts.AS_TEXT if self.tokenizer.chat_template is None else Transcripts.TO_MESSAGES
+
+    def encode(self, records: Sequence[Asked]) -> list[EncodedRow | BadRow]:
         """Encode a batch; a record that the template or the tokenizer refuses gives the error in its place.
 
         Raises:
-            DataError: conversational records without a chat template, or text records without an EOS token.
+            DataError: conversational records without a chat template, or completions that are text without an EOS
+                token.
         """
         rendered = [self._render(record) for record in records]
         chat = [isinstance(record.prompt, list) for record in records]
@@ -143,7 +153,7 @@ class RecordTokenizer:
             self._alone = encoder_without_dummy_prefix(self.tokenizer)
         return self._alone(text)
 
-    def _render(self, record: Preference | Unpaired) -> _Rendered | BadRow:
+    def _render(self, record: Asked) -> _Rendered | BadRow:
         try:
             if isinstance(record.prompt, str):
                 rendered = self._render_text(record.prompt, record.completions)
@@ -159,6 +169,8 @@ class RecordTokenizer:
         return rendered
 
     def _render_text(self, prompt: str, completions: tuple[Text, ...]) -> _Rendered:
+        if not completions:
+            return _Rendered(prompt, (), ())
         eos = self.tokenizer.eos_token
         if not isinstance(eos, str):
             raise DataError(
@@ -169,7 +181,7 @@ class RecordTokenizer:
         tails = tuple(text if text.endswith(eos) else text + eos for text in texts)
         return _Rendered(prompt, tuple(prompt + tail for tail in tails), tails)
 
-    def _render_chat(self, record: Preference | Unpaired) -> _Rendered:
+    def _render_chat(self, record: Asked) -> _Rendered:
         if self.tokenizer.chat_template is None:
             raise DataError(
                 "The rows are conversations, but the tokenizer has no chat template: take the tokenizer of an instruct "
@@ -188,9 +200,7 @@ class RecordTokenizer:
                 tails.append(whole[self._completion_start(record, prompt, messages, start, whole) :])
         return _Rendered(start, tuple(wholes), tuple(tails))
 
-    def _completion_start(
-        self, record: Preference | Unpaired, prompt: Messages, messages: Messages, start: str, whole: str
-    ) -> int:
+    def _completion_start(self, record: Asked, prompt: Messages, messages: Messages, start: str, whole: str) -> int:
         """Where the assistant's words begin in `whole`, for templates whose generation prompt is not part of it."""
         marked = self._apply(record, [*prompt, {**messages[0], "content": _MARKER}, *messages[1:]], False)
         at = marked.find(_MARKER)
@@ -198,7 +208,7 @@ class RecordTokenizer:
             return at
         return next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
 
-    def _apply(self, record: Preference | Unpaired, messages: Messages, add_generation_prompt: bool) -> str:
+    def _apply(self, record: Asked, messages: Messages, add_generation_prompt: bool) -> str:
         rendered = self.tokenizer.apply_chat_template(
             messages,
             tools=record.tools,  # type: ignore[arg-type]

@@ -73,6 +73,8 @@ def test_the_values_of_reasons_are_stable() -> None:
         "identical",
         "identical after truncation",
         "prompt fills the length",
+        "prompt longer than max_prompt_tokens",
+        "longer than max_length",
         "wrong roles",
         "chosen does not continue the prompt",
         "not a number",
