@@ -6,9 +6,10 @@ episodes afterwards is nothing but optimizer steps. Everything random comes from
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,14 +49,6 @@ class TokenTable(NamedTuple):
     ref_logps: Tensor
     values: Tensor
     entropies: Tensor
-
-
-class TokenScorer(Protocol):
-    """Scores episodes as training will: the same micro-batches, the same chunks."""
-
-    def __call__(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenTable:
-        """Score B = P · G completions, those of a prompt side by side."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +108,22 @@ class Rollout:
         return len(self.completions) // len(self.prompts.ids)
 
 
+class Completed(NamedTuple):
+    """B completions of P prompts.
+
+    Attributes:
+        completions: token ids, EOS included.
+        texts: the same as text, without special tokens.
+        rewards: what the sources said.
+        seconds: what generation and rewards took.
+    """
+
+    completions: list[Completion]
+    texts: list[str]
+    rewards: RewardResult
+    seconds: dict[str, float]
+
+
 @torch.no_grad()
 def generate_and_reward(
     prompts: Prompts,
@@ -123,9 +132,11 @@ def generate_and_reward(
     tokenizer: Any,
     mix: RewardMix,
     trainer_state: Any = None,
-) -> tuple[list[Completion], list[str], RewardResult]:
+) -> Completed:
     """Complete every prompt and have every completion rewarded."""
+    started = time.perf_counter()
     completions = engine.generate(prompts.ids, prompts.seeds, sampling)
+    generated = time.perf_counter()
     texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
     each = [number for number, seeds in enumerate(prompts.seeds) for _ in seeds]  # the prompt of every completion
     inputs = RewardInputs(
@@ -136,7 +147,9 @@ def generate_and_reward(
         columns={name: [values[number] for number in each] for name, values in prompts.columns.items()},
         trainer_state=trainer_state,
     )
-    return completions, texts, mix(inputs)
+    rewards = mix(inputs)
+    seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
+    return Completed(completions, texts, rewards, seconds)
 
 
 def _as_asked(source: Any, text: str) -> Any:

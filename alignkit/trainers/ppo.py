@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from alignkit.data.prompts import prepare_prompts
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
-from alignkit.functional.kl import adaptive_kl_coef, k1
-from alignkit.functional.masked import Moments, pool_moments
-from alignkit.functional.statistics import RunningMoments
-from alignkit.rollout.collect import (
-    AdvantageRule,
-    Prompts,
-    Rollout,
-    TokenTable,
-    advantages_of,
-    generate_and_reward,
-    scored,
-    token_mask,
-)
-from alignkit.rollout.engine import Completion, Sampling
-from alignkit.rollout.mix import RewardResult
+from alignkit.models.bundle import POLICY, REFERENCE
+from alignkit.models.heads import VALUE
+from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
 from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.metrics import Throughput, add_window_metrics
-from alignkit.trainers.passes import Batch, Passes, accelerator_arguments, accumulate, refuse_data_parallel
+from alignkit.trainers.passes import Batch, Passes, accelerator_arguments, accumulate
 from alignkit.trainers.pooled import Pooled, PooledWindow
 from alignkit.trainers.ppo_callbacks import PPOEvent, call_event, reporting_callbacks, steps_per_rollout
+from alignkit.trainers.ppo_collect import collect_rollout
 from alignkit.trainers.ppo_config import PPOConfig
-from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler, take_prompts
+from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler
 from alignkit.trainers.ppo_evaluate import greedy_metrics
 from alignkit.trainers.ppo_loss import ppo_loss, token_columns
-from alignkit.trainers.ppo_metrics import check_component_names, rollout_metrics
+from alignkit.trainers.ppo_metrics import check_component_names
+from alignkit.trainers.ppo_ptx import PTX, TextMix, check_ptx, prepare_texts, text_loss
 from alignkit.trainers.ppo_score import batch_of, score_episodes, score_tokens
 from alignkit.trainers.ppo_setup import (
     build_actor_critic,
     build_engine,
     build_rewards,
-    reward_shaping,
+    refuse_unsupported,
+    sampling_of,
     save_at_rollouts,
 )
-from alignkit.trainers.ppo_state import PPOState, load_state, save_state, split_learning_rates
+from alignkit.trainers.ppo_state import (
+    PPOState,
+    load_value_head,
+    read_state,
+    save_state,
+    split_learning_rates,
+)
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.setup import AnyDataset, build_tokenizer, each_dataset, own_copy, short_name
 
@@ -78,10 +74,14 @@ class PPOTrainer(Trainer):
         callbacks, optimizers: as for `Trainer`; a `PPOCallback` hears of rollouts too.
         quantization_config: `alignkit.nf4()`, `alignkit.int8()` or another; for a model given by name.
         peft_config: a new adapter for the model.
+        ptx_dataset: texts whose language-modelling loss is mixed in with weight `ptx_coef`: prompts with completions,
+            conversations, or preferences, whose chosen side is taken.
 
     Attributes:
         reports: what data preparation kept and dropped, by dataset name.
         bundle: the roles on the base.
+        rewards: everything that rewards a completion.
+        ppo_state: what is carried from rollout to rollout.
         rollout: the latest one.
 
     Raises:
@@ -107,19 +107,24 @@ class PPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        ptx_dataset: Dataset | list | None = None,
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of prompts")
         args = own_copy(args if args is not None else PPOConfig(f"{short_name(model)}-PPO"))
+        check_ptx(ptx_dataset, args)
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         prepared: Any = prepare(train_dataset, "train")
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
-        self.bundle = build_actor_critic(model, args, quantization_config, peft_config)
-        self._rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
-        check_component_names(self._rewards.names)
+        texts = None
+        if ptx_dataset is not None:
+            texts, self.reports["ptx"] = prepare_texts(ptx_dataset, tokenizer, args)
+        self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
+        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
+        check_component_names(self.rewards.names)
         warn_low_lora_learning_rate(args)
         save_at_rollouts(args)
         super().__init__(
@@ -131,7 +136,7 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        refuse_data_parallel(args)
+        refuse_unsupported(self.accelerator, args)
         self._passes = Passes(
             self.bundle,
             args,
@@ -139,15 +144,15 @@ class PPOTrainer(Trainer):
             forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
             self.compute_loss_context_manager,
         )
-        self._engine = build_engine(self.bundle, tokenizer, args)
-        self._sampler = RolloutSampler(
-            len(prepared), args, self.accelerator.process_index, self.accelerator.num_processes
-        )
+        self._engine = build_engine(self.bundle, tokenizer, args, max(self.reports["train"].token_lengths["prompt"]))
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self._sampler = RolloutSampler(len(prepared), args, process, processes)
+        self._texts = None if texts is None else TextMix(texts, args, process, processes)
         self.rollout: Rollout | None = None
-        self._state = PPOState(args.kl_coef, RunningMoments())
-        self._windows = {"train": PooledWindow(), "eval": PooledWindow()}
+        self.ppo_state = PPOState(args.kl_coef)
         self._minibatch = PooledWindow()  # of the optimizer step before
         self._is_stopped = False  # the rest of this rollout's steps is skipped
+        self._content: dict[str, Any] = {}  # of the checkpoint that is being written
         self._throughput = Throughput()
         for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks()):
             self.add_callback(callback)
@@ -192,7 +197,7 @@ class PPOTrainer(Trainer):
         step = self.state.global_step % steps_per_rollout(self.args)
         if step == 0:
             self._is_stopped = False
-            self.rollout = self._collect(ticks[0]["rows"].tolist())
+            self.rollout = collect_rollout(self, ticks[0]["rows"].tolist())
         elif self.args.target_approx_kl is not None:
             self._stop_early(self.args.target_approx_kl)
         self._minibatch = PooledWindow()
@@ -200,104 +205,36 @@ class PPOTrainer(Trainer):
         first = step % self.args.num_mini_batches * prompts
         parts = range(first, first + prompts, self.args.per_device_train_batch_size)
         rollout = cast(Rollout, self.rollout)
-        batches = [batch_of(rollout, slice(part, part + self.args.per_device_train_batch_size)) for part in parts]
+        batches: list[Any] = [
+            batch_of(rollout, slice(part, part + self.args.per_device_train_batch_size)) for part in parts
+        ]
         tokens: Any = torch.stack([batch["mask"].sum() for batch in batches]).sum().to(device)
+        if self._texts is not None and not self._is_warming_up:
+            texts = self._texts.batches(self.state.global_step, num_batches)
+            batches = [batch | {PTX: of_batch} for batch, of_batch in zip(batches, texts, strict=True)]
         return batches, cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
 
-    @torch.no_grad()
-    def _collect(self, rows: list[int]) -> Rollout:
-        number = self.state.global_step // steps_per_rollout(self.args)
-        self._event("on_rollout_begin")
-        started = time.perf_counter()
-        prompts = take_prompts(
-            cast(Dataset, self.train_dataset), rows, self.args.num_generations, f"{self.args.seed}/{number}"
-        )
-        completions, texts, rewards = self.complete(prompts, temperature=self.args.temperature)
-        generated = time.perf_counter()
-        metrics: dict[str, Pooled] = {}
-        self._event("on_rewards", rewards=rewards, metrics=metrics)
-        if self.args.normalize_rewards:
-            self._state.moments.update(self._gather(rewards.totals[rewards.kept]))
-        moments = self._state.moments if self.args.normalize_rewards else None
-        scores, is_clipped = scored(rewards, completions, reward_shaping(self.args), moments)
-        mask = token_mask(completions, rewards.kept)
-        tokens = self.score(prompts.ids, [completion.ids for completion in completions])
-        advantages, returns = advantages_of(
-            scores, rewards.kept, mask, tokens, self.args.num_generations, self._advantage_rule()
-        )
-        rollout = Rollout(
-            prompts=prompts,
-            completions=completions,
-            texts=texts,
-            rewards=rewards,
-            is_clipped=is_clipped,
-            scores=scores,
-            mask=mask,
-            tokens=tokens,
-            advantages=advantages,
-            returns=returns,
-            seconds={"generate": generated - started, "score": time.perf_counter() - generated},
-        )
-        self._event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
-        metrics |= rollout_metrics(rollout, kl_coef=self._advantage_rule().kl_coef)
-        self._event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=self._state.kl_coef, moments=moments)
-        self._windows["train"].add(metrics)
-        self._adapt_kl(rollout)
-        return rollout
-
-    def complete(self, prompts: Prompts, *, temperature: float) -> tuple[list[Completion], list[str], RewardResult]:
+    def complete(self, prompts: Prompts, *, temperature: float) -> Completed:
         """Complete prompts and have the completions rewarded; temperature 0 is greedy."""
-        sampling = Sampling(
-            max_new_tokens=self.args.max_completion_length,
-            min_new_tokens=self.args.min_completion_length,
-            temperature=temperature,
-            stop_strings=tuple(self.args.stop_strings or ()),
-        )
-        return generate_and_reward(prompts, self._engine, sampling, self.processing_class, self._rewards, self.state)
+        sampling = sampling_of(self.args, temperature)
+        return generate_and_reward(prompts, self._engine, sampling, self.processing_class, self.rewards, self.state)
 
     def score(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenTable:
         """Score completions with policy, reference and critic, in the passes of training; see `score_episodes`."""
         self.model.train()  # as in training, with dropout off: the first importance ratio is then 1 exactly
         return score_episodes(self.bundle, self._passes, prompts, completions, self.args, wrapped=self.model_wrapped)
 
-    def _advantage_rule(self) -> AdvantageRule:
-        return AdvantageRule(
-            estimator=self.args.advantage_estimator,
-            kl_coef=self._state.kl_coef if self.args.kl_place == "reward" else 0.0,
-            gamma=self.args.gamma,
-            lam=self.args.lam,
-            whiten_rewards=self.args.whiten_rewards,
-            whiten_advantages=self.args.whiten_advantages,
-            pool=self._pool,
-        )
-
-    def _adapt_kl(self, rollout: Rollout) -> None:
-        if self.args.kl_target is None:
-            return
-        per_episode = torch.where(rollout.mask, k1(rollout.tokens.logps, rollout.tokens.ref_logps), 0).sum(1)
-        kept = self._gather(per_episode[rollout.rewards.kept])
-        self._state.kl_coef = adaptive_kl_coef(
-            self._state.kl_coef,
-            kept.mean().item(),
-            target=self.args.kl_target,
-            horizon=self.args.kl_horizon,
-            episodes=len(kept),
-        )
-
     def _stop_early(self, target: float) -> None:
         found = self._minibatch.means(self.accelerator)
         self._is_stopped = self._is_stopped or found.get("policy/approxkl_avg", 0.0) > target
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """The values `(N,)` of all processes, in their order; N may differ among them."""
-        return torch.tensor(gather_object(values.double().tolist()), dtype=torch.float64)
+    @property
+    def _is_warming_up(self) -> bool:
+        """Whether the critic trains alone."""
+        return self.state.global_step // steps_per_rollout(self.args) < self.args.critic_warmup_rollouts
 
-    def _pool(self, moments: Moments) -> Moments:
-        device = self.accelerator.device
-        parts = cast(Tensor, self.accelerator.gather(torch.stack(moments).double().to(device)[None]))  # (W, 3)
-        return Moments(*(value.float().cpu() for value in pool_moments(Moments(*parts.unbind(1)))))
-
-    def _event(self, name: PPOEvent, **kwargs: Any) -> None:
+    def event(self, name: PPOEvent, **kwargs: Any) -> None:
+        """Let callbacks hear of an event of PPO."""
         self.control = call_event(self.callback_handler, name, self.args, self.state, self.control, **kwargs)
 
     # --- one optimizer step ---
@@ -308,12 +245,22 @@ class PPOTrainer(Trainer):
         if self._is_stopped:
             return torch.zeros((), device=self.args.device)
         step = super().training_step
-        chunks = self._passes.split(self._prepare_inputs(inputs))
+        texts: Any = inputs.pop(PTX, None)
+        # Episodes come last: only with them has every parameter a gradient, which is when DDP adds up.
+        chunks = [] if texts is None else self._passes.split(self._prepare_inputs(texts))
+        chunks += self._passes.split(self._prepare_inputs(inputs))
         loss = accumulate(
             lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
         )
-        if self.accelerator.sync_gradients:  # the minibatch's last micro-batch
-            self._event("on_minibatch_end", metrics=self._minibatch.figures())
+        if self._is_warming_up:  # the value loss reaches the trunk that the critic shares
+            for parameter in set(self.model.parameters()).difference(self._critic):
+                parameter.grad = None
+        is_last = self.accelerator.sync_gradients  # the minibatch's last micro-batch
+        # The mean over the steps that were made, whatever a resumed run has forgotten of Trainer's own sum.
+        made = torch.stack([loss.double(), torch.full_like(loss, is_last, dtype=torch.float64)])
+        self.ppo_state.window.add({"loss": Pooled("rate", made)})
+        if is_last:
+            self.event("on_minibatch_end", metrics=self._minibatch.figures())
         return loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
@@ -329,22 +276,25 @@ class PPOTrainer(Trainer):
     ) -> Any:
         """Return the chunk's share of the step's mean loss over tokens."""
         layout = self._passes.lay_out(inputs)
+        self._throughput.add(layout.num_sequences, layout.tokens)
+        processes = self.accelerator.num_processes  # whose gradients are averaged
+        if PTX in inputs:
+            logps = self.bundle.score(layout, wrapped=model).logps
+            return text_loss(logps, inputs, self.args.ptx_coef) * processes
         scores = score_tokens(self.bundle, layout, self.args, wrapped=model)
         columns = token_columns(inputs, layout)
-        number = self.state.global_step // steps_per_rollout(self.args)
         total, metrics = ppo_loss(
             scores,
             columns,
             layout,
             self.args,
-            kl_coef=self._state.kl_coef if self.args.kl_place == "loss" else 0.0,
-            policy_weight=0.0 if number < self.args.critic_warmup_rollouts else 1.0,
+            kl_coef=self.ppo_state.kl_coef if self.args.kl_place == "loss" else 0.0,
+            policy_weight=0.0 if self._is_warming_up else 1.0,
         )
-        self._windows["train"].add(metrics)
+        self.ppo_state.window.add(metrics)
         self._minibatch.add(metrics)
-        self._throughput.add(layout.num_sequences, layout.tokens)
         count = columns["mask"].sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total * (1 if num_items_in_batch is None else self.accelerator.num_processes) / count.clamp(min=1)
+        loss = total * (1 if num_items_in_batch is None else processes) / count.clamp(min=1)
         return (loss, scores) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -352,7 +302,7 @@ class PPOTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new:
-            split_learning_rates(optimizer, self.bundle, self.args)
+            split_learning_rates(optimizer, self._critic, self.args.value_learning_rate)
         return optimizer
 
     # --- evaluation, metrics and files ---
@@ -381,7 +331,7 @@ class PPOTrainer(Trainer):
         """Add the window's metrics to `logs`."""
         if "loss" in logs:
             logs["episode"] = self._sampler.per_rollout * self.args.num_generations * self._rollouts_begun()
-            add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
+            add_window_metrics(logs, {"train": self.ppo_state.window}, self._throughput, self.accelerator)
         super().log(logs, start_time)
 
     def _rollouts_begun(self) -> int:
@@ -391,11 +341,38 @@ class PPOTrainer(Trainer):
         return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._content = self.ppo_state.content(self.accelerator)  # of all processes, and only the first one writes
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_state(folder, self._state, self.bundle)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the policy's adapter alone; in a checkpoint, the other adapters, the value head and the state too."""
+        if not self.args.should_save:
+            return
+        folder, model = Path(output_dir or str(self.args.output_dir)), cast(PeftModel, self.model)
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        adapters = None if is_checkpoint else [cast(str, self.bundle.adapters[POLICY])]
+        model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        if is_checkpoint:
+            save_state(folder, self._content, self.bundle)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        content = read_state(folder, self.bundle, self.args)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_state(Path(resume_from_checkpoint), self._state, self.bundle)
+        self.ppo_state.load(content, self.accelerator)
+        self._load_critic(folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_critic(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_critic(self, folder: Path) -> None:
+        """Load the critic, and make trainable again what PEFT froze with every adapter that it loaded."""
+        model, adapter = cast(PeftModel, self.model), self.bundle.adapters.get(VALUE)
+        if self.args.value_adapter:
+            model.load_adapter(str(folder / VALUE), cast(str, adapter))
+        load_value_head(folder, self.bundle)
+        with self.bundle.role(REFERENCE):
+            pass

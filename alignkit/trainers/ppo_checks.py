@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,60 @@ from alignkit.trainers.config_rules import (
     Check,
     Need,
     Range,
+    Refusal,
     needs,
     ranges,
+    refusals,
     refuse,
 )
+from alignkit.trainers.config_table_engine import ENGINE_DIFFERENCES, ENGINE_REFUSED
 
 if TYPE_CHECKING:
     from alignkit.trainers.ppo_config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+_NO_LOADER = "rollouts are read by row, without a data loader's workers; leave it at its default"
+_NO_PREDICTIONS = "an evaluation completes prompts, and gathers no predictions; leave it at its default"
+
+REFUSED: dict[str, Refusal] = {
+    **ENGINE_REFUSED,
+    "label_names": Refusal((None,), "batches hold episodes, not label tensors; leave it None"),
+    "label_smoothing_factor": Refusal((0.0,), "it smooths a cross-entropy over tokens, which is not computed"),
+    "train_sampling_strategy": Refusal(("random",), "every epoch takes the prompts in a random order of its own"),
+    "average_tokens_across_devices": Refusal(
+        (True,), "the loss is the mean over the tokens of a step on all devices; leave it True"
+    ),
+    "disable_dropout": Refusal(
+        (True,), "with dropout the first importance ratio would not be 1, and the clipping would mean nothing"
+    ),
+    "dataloader_drop_last": Refusal((False,), "prompts that do not fill a rollout are left out of an epoch anyway"),
+    "dataloader_num_workers": Refusal((0,), _NO_LOADER),
+    "dataloader_prefetch_factor": Refusal((None,), _NO_LOADER),
+    "dataloader_persistent_workers": Refusal((False,), _NO_LOADER),
+    "dataloader_multiprocessing_context": Refusal((None,), _NO_LOADER),
+    "dataloader_in_order": Refusal((True,), _NO_LOADER),
+    "prediction_loss_only": Refusal((False,), _NO_PREDICTIONS),
+    "eval_accumulation_steps": Refusal((None,), _NO_PREDICTIONS),
+    "eval_do_concat_batches": Refusal((True,), _NO_PREDICTIONS),
+    "eval_use_gather_object": Refusal((False,), _NO_PREDICTIONS),
+    "include_for_metrics": Refusal(([],), _NO_PREDICTIONS),
+    "batch_eval_metrics": Refusal((False,), _NO_PREDICTIONS),
+}
+
+DIFFERENCES: dict[str, str] = {
+    **{name: text for name, text in ENGINE_DIFFERENCES.items() if name not in REFUSED},
+    "max_length": "of the texts in `ptx_dataset`; an error without `ptx_coef`",
+    "logging_steps": "1: an optimizer step holds a rollout's worth of news",
+    "save_steps": "rounded up to whole rollouts, between which checkpoints are made",
+    "remove_unused_columns": "either way: further columns go to the reward functions",
+    "data_seed": "of the order of the prompts; `seed` where it is None",
+    "fsdp": "refused when a trainer is made: every process generates with the whole model",
+    "fsdp_config": "see `fsdp`",
+    "deepspeed": "see `fsdp`",
+    "metric_for_best_model": "'reward' where the best model is to be loaded",
+    "greater_is_better": "True where `metric_for_best_model` is left to itself",
+}
 
 CHOICES = {
     "rollout_engine": ("hf", "continuous"),
@@ -71,7 +119,8 @@ def _has_critic(args: PPOConfig) -> bool:
 
 _CRITIC = Need(_has_critic, "set advantage_estimator='gae'")
 NEEDS: dict[str, Need] = {
-    **ENGINE_NEEDS,
+    **{name: need for name, need in ENGINE_NEEDS.items() if name not in REFUSED},
+    "max_length": Need(lambda args: args.ptx_coef > 0, "set ptx_coef; prompts have max_prompt_length"),
     **dict.fromkeys(
         (
             "value_learning_rate",
@@ -121,6 +170,21 @@ def check_lengths(args: PPOConfig) -> None:
         refuse(args, "min_completion_length", f"is more than max_completion_length={args.max_completion_length}")
     if args.overlong_buffer_tokens >= args.max_completion_length:
         refuse(args, "overlong_buffer_tokens", f"must be less than max_completion_length={args.max_completion_length}")
+    if args.min_completion_length:
+        logger.warning(
+            "min_completion_length=%d: EOS is never drawn before, and the log-probs that are trained on count it as "
+            "possible, so the importance ratios of those tokens are slightly off.",
+            args.min_completion_length,
+        )
+
+
+def check_stop_strings(args: PPOConfig) -> None:
+    """One text where a list is expected, or a text that would stop everything."""
+    if isinstance(args.stop_strings, str):
+        refuse(args, "stop_strings", f"is one text; write [{args.stop_strings!r}]")
+    for text in args.stop_strings or ():
+        if not isinstance(text, str) or not text:
+            refuse(args, "stop_strings", f"{text!r} ends no completion; give texts of one character or more")
 
 
 def check_generations(args: PPOConfig) -> None:
@@ -131,12 +195,15 @@ def check_generations(args: PPOConfig) -> None:
 
 def check_weights(args: PPOConfig) -> None:
     """Reward weights that are no numbers."""
+    if args.reward_weights is not None and not isinstance(args.reward_weights, list | tuple):
+        refuse(args, "reward_weights", "must be a list, with one number for each reward")
     for weight in args.reward_weights or ():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             refuse(args, "reward_weights", f"{weight!r} is not a finite number")
 
 
 CHECKS: tuple[Check, ...] = (
+    refusals(REFUSED),
     check_choices,
     ranges(RANGES),
     needs(NEEDS),
@@ -145,4 +212,5 @@ CHECKS: tuple[Check, ...] = (
     check_lengths,
     check_generations,
     check_weights,
+    check_stop_strings,
 )

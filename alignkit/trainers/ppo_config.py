@@ -33,6 +33,11 @@ class PPOConfig(EngineConfig):
         metadata={"help": "Rate of the value head (usually 3 to 30 times the policy's). None: the policy's."},
     )
 
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest text of ptx_dataset, in tokens; the rest is cut. None: no limit."},
+    )
+
     # --- rollouts ---
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout. Usual: 1 to 4."})
     num_mini_batches: int = field(
@@ -46,7 +51,9 @@ class PPOConfig(EngineConfig):
         default=512, metadata={"help": "Longest prompt in tokens; longer ones are dropped and counted. None: no limit."}
     )
     max_completion_length: int = field(default=53, metadata={"help": "Most tokens of a completion."})
-    min_completion_length: int = field(default=0, metadata={"help": "Tokens before EOS is allowed."})
+    min_completion_length: int = field(
+        default=0, metadata={"help": "Tokens before EOS may be drawn; log-probs are not adjusted for it."}
+    )
     temperature: float = field(
         default=0.7, metadata={"help": "Of sampling, and of the log-probs that are trained on. Usual: 0.7 to 1."}
     )
@@ -60,7 +67,7 @@ class PPOConfig(EngineConfig):
     )
     rollout_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Most tokens (prompt and completion) that generate at once. None: all together."},
+        metadata={"help": "Most tokens (prompt and completion) that generate at once. None: 16,384."},
     )
 
     # --- rewards ---
@@ -149,7 +156,8 @@ class PPOConfig(EngineConfig):
         default=0, metadata={"help": "First rollouts that train the critic alone. Usual: 0 to 10."}
     )
     ptx_coef: float = field(
-        default=0.0, metadata={"help": "Weight of a language-modelling loss on ptx_dataset (PPO-ptx)."}
+        default=0.0,
+        metadata={"help": "Weight of a language-modelling loss on ptx_dataset (PPO-ptx). Usual: 0.01 to 1."},
     )
 
     def __post_init__(self) -> None:

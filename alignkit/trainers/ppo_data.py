@@ -60,7 +60,8 @@ class RolloutSampler(Sampler[list[int]]):
         return self.args.num_ppo_epochs * self.args.num_mini_batches * self.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.args.seed + self.epoch)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        generator = torch.Generator().manual_seed(seed + self.epoch)
         order = torch.randperm(self.rows, generator=generator)
         for rows in order[: self.rows // self.per_rollout * self.per_rollout].split(self.per_rollout):
             # Every micro-batch of all processes together is a contiguous part, whatever their number.

@@ -6,27 +6,30 @@ import copy
 import logging
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.data.collate import pairs_of
 from alignkit.data.layout import layout_function
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
 from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
 from alignkit.models.heads import VALUE, add_value_head
 from alignkit.rollout.continuous import ContinuousEngine
-from alignkit.rollout.engine import RolloutEngine
+from alignkit.rollout.engine import Endings, RolloutEngine, Sampling, check_request
 from alignkit.rollout.hf import HFEngine
 from alignkit.rollout.mix import RewardMix
 from alignkit.rollout.reward import ComponentScores, RewardInputs
 from alignkit.rollout.shaping import Overlong, RewardShaping
 from alignkit.rollout.sources import make_reward_sources
+from alignkit.trainers.passes import refuse_data_parallel
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import OWN_COLUMNS
@@ -41,12 +44,19 @@ REWARD_BATCH = 8
 ROLLOUT_TOKENS = 16_384
 
 
+class ActorCritic(NamedTuple):
+    """The roles on the base, and which parameters are the critic's alone: its head, and its adapter if it has one."""
+
+    bundle: ModelBundle
+    critic: tuple[nn.Parameter, ...]
+
+
 def build_actor_critic(
     model: str | Path | PreTrainedModel | PeftModel,
     args: PPOConfig,
     quantization_config: Any,
     peft_config: PeftConfig | None,
-) -> ModelBundle:
+) -> ActorCritic:
     """Policy, reference and critic as roles on one base.
 
     Raises:
@@ -61,20 +71,28 @@ def build_actor_critic(
     own = policy.active_adapters[0]
     adapters: dict[str, str | None] = {REFERENCE: None if peft_config is not None else reference_adapter(policy)}
     heads: dict[str, str] = {}
+    known = set(policy.parameters())
     if args.advantage_estimator == "gae":
         add_value_head(cast(PreTrainedModel, policy.get_base_model()))
         heads[VALUE] = VALUE
         adapters[VALUE] = own
         if args.value_adapter:
             adapters[VALUE] = _add_value_adapter(policy, own)
-    return ModelBundle(policy, adapters={POLICY: own, **adapters}, heads=heads)
+    critic = tuple(parameter for parameter in policy.parameters() if parameter not in known)
+    return ActorCritic(ModelBundle(policy, adapters={POLICY: own, **adapters}, heads=heads), critic)
 
 
 def _add_value_adapter(policy: PeftModel, own: str) -> str:
     """Give the critic a trainable adapter of its own, shaped as the policy's."""
+    if VALUE in policy.peft_config:
+        raise ModelError(
+            f"the model has an adapter called '{VALUE}' already, perhaps from an earlier trainer: remove it with "
+            f"model.delete_adapter('{VALUE}'), or load the model anew"
+        )
+    known = set(policy.parameters())
     policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config[own]))
-    for name, parameter in policy.named_parameters():
-        if f".{VALUE}." in name and "lora_" in name:
+    for parameter in policy.parameters():
+        if parameter not in known:
             parameter.requires_grad_(True)
     keep_adapters_fp32(policy)
     return VALUE
@@ -113,35 +131,87 @@ def build_rewards(
 
 
 def save_at_rollouts(args: PPOConfig) -> None:
-    """Round `save_steps` up to whole rollouts: between two optimizer steps of one, its episodes are state too."""
+    """Round `save_steps` up to whole rollouts: between two optimizer steps of one, its episodes are state too.
+
+    Raises:
+        ConfigError: `save_steps` as a fraction of a run whose length is not known yet.
+    """
     steps = steps_per_rollout(args)
-    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % steps:
-        rounded = math.ceil(args.save_steps / steps) * steps
-        logger.warning(
-            "save_steps=%g becomes %d: checkpoints are made between rollouts, every %d optimizer steps",
-            args.save_steps,
-            rounded,
-            steps,
+    if args.save_strategy != "steps" or args.save_steps % steps == 0:
+        return
+    if args.save_steps < 1:
+        raise ConfigError(
+            f"save_steps={args.save_steps}: give a number of optimizer steps, a multiple of {steps}, because "
+            "checkpoints are made between rollouts"
         )
-        args.save_steps = rounded
+    rounded = math.ceil(args.save_steps / steps) * steps
+    logger.warning(
+        "save_steps=%g becomes %d: checkpoints are made between rollouts, every %d optimizer steps",
+        args.save_steps,
+        rounded,
+        steps,
+    )
+    args.save_steps = rounded
+    if args.load_best_model_at_end and args.eval_strategy == "steps" and rounded % (args.eval_steps or 1):
+        logger.warning(
+            "eval_steps=%g becomes %d too: the best model is one of the checkpoints", args.eval_steps, rounded
+        )
+        args.eval_steps = rounded
+
+
+def refuse_unsupported(accelerator: Accelerator, args: PPOConfig) -> None:
+    """Refuse what rollouts cannot run under.
+
+    Raises:
+        ConfigError: several GPUs in one process, or weights that are spread over processes.
+    """
+    refuse_data_parallel(args)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            f"PPO generates with the whole model in every process, and {accelerator.distributed_type.value} spreads "
+            "it over processes: use DDP (accelerate launch --multi_gpu) with a quantized base"
+        )
 
 
 def reward_shaping(args: PPOConfig) -> RewardShaping:
     """What happens to a reward before the algorithm sees it."""
     overlong = None
     if args.overlong_buffer_tokens:
-        overlong = Overlong(args.max_completion_length, args.overlong_buffer_tokens, args.overlong_penalty)
+        overlong = Overlong(
+            max_tokens=args.max_completion_length,
+            buffer_tokens=args.overlong_buffer_tokens,
+            penalty=args.overlong_penalty,
+        )
     clip = None if args.reward_clip is None else (-args.reward_clip, args.reward_clip)
     return RewardShaping(clip_range=clip, missing_eos_penalty=args.missing_eos_penalty or 0.0, overlong=overlong)
 
 
-def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig) -> RolloutEngine:
-    """The engine that writes completions."""
+def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig, longest_prompt_tokens: int) -> RolloutEngine:
+    """The engine that writes completions.
+
+    Raises:
+        ConfigError: nothing could end a completion.
+        DataError: a prompt that leaves the model no room for a completion.
+        ModelError: a tokenizer of another model, or one that the engine cannot run.
+    """
+    sampling = sampling_of(args, args.temperature)
+    Endings(bundle.base, tokenizer, sampling)
+    check_request(bundle.base, [[0] * longest_prompt_tokens], [[0]], sampling)
     model = cast(PeftModel, bundle.model)
     tokens = args.rollout_batch_tokens or ROLLOUT_TOKENS
     if args.rollout_engine == "hf":
         return HFEngine(model, tokenizer, max_batch_tokens=tokens)
     return ContinuousEngine(model, tokenizer, max_cache_tokens=tokens)
+
+
+def sampling_of(args: PPOConfig, temperature: float) -> Sampling:
+    """How completions are drawn; temperature 0 is greedy."""
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        min_new_tokens=args.min_completion_length,
+        temperature=temperature,
+        stop_strings=tuple(args.stop_strings or ()),
+    )
 
 
 class AdapterReward:

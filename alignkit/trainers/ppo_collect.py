@@ -1,0 +1,81 @@
+"""The collection of one rollout: generate, reward, score, shape, take advantages, and tell callbacks on the way."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from datasets import Dataset
+
+from alignkit.functional.kl import k1
+from alignkit.rollout.collect import AdvantageRule, Rollout, advantages_of, scored, token_mask
+from alignkit.trainers.pooled import Pooled
+from alignkit.trainers.ppo_callbacks import steps_per_rollout
+from alignkit.trainers.ppo_data import take_prompts
+from alignkit.trainers.ppo_metrics import rollout_metrics
+from alignkit.trainers.ppo_setup import reward_shaping
+from alignkit.trainers.ppo_state import gathered, pooled_moments
+
+if TYPE_CHECKING:
+    from alignkit.trainers.ppo import PPOTrainer
+
+
+@torch.no_grad()
+def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
+    """Collect the episodes of these rows of the training data, with the policy as it is.
+
+    The KL coefficient moves afterwards; the rollout itself keeps the one that it began with.
+    """
+    args, state = trainer.args, trainer.ppo_state
+    key = f"{args.seed}/{trainer.state.global_step // steps_per_rollout(args)}"
+    metrics: dict[str, Pooled] = {}
+    trainer.event("on_rollout_begin")
+    prompts = take_prompts(cast(Dataset, trainer.train_dataset), rows, args.num_generations, key)
+    completions, texts, rewards, seconds = trainer.complete(prompts, temperature=args.temperature)
+    trainer.event("on_rewards", rewards=rewards, metrics=metrics)
+    moments = state.moments if args.normalize_rewards else None
+    if moments is not None:
+        moments.update(gathered(rewards.totals[rewards.kept]))
+    scores, is_clipped = scored(rewards, completions, reward_shaping(args), moments)
+    mask = token_mask(completions, rewards.kept)
+    started = time.perf_counter()
+    tokens = trainer.score(prompts.ids, [completion.ids for completion in completions])
+    seconds["score"] = time.perf_counter() - started
+    rule = _advantage_rule(trainer)
+    advantages, returns = advantages_of(scores, rewards.kept, mask, tokens, args.num_generations, rule)
+    rollout = Rollout(
+        prompts=prompts,
+        completions=completions,
+        texts=texts,
+        rewards=rewards,
+        is_clipped=is_clipped,
+        scores=scores,
+        mask=mask,
+        tokens=tokens,
+        advantages=advantages,
+        returns=returns,
+        seconds=seconds,
+    )
+    trainer.event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
+    metrics |= rollout_metrics(rollout, kl_coef=rule.kl_coef)
+    trainer.event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=state.kl_coef, moments=moments)
+    state.window.add(metrics)
+    if args.kl_target is not None:
+        kl = torch.where(mask, k1(tokens.logps, tokens.ref_logps), 0).sum(1)  # (B,)
+        state.adapt_kl(gathered(kl[rewards.kept]), args.kl_target, args.kl_horizon)
+    return rollout
+
+
+def _advantage_rule(trainer: PPOTrainer) -> AdvantageRule:
+    args = trainer.args
+    return AdvantageRule(
+        estimator=args.advantage_estimator,
+        kl_coef=trainer.ppo_state.kl_coef if args.kl_place == "reward" else 0.0,
+        gamma=args.gamma,
+        lam=args.lam,
+        whiten_rewards=args.whiten_rewards,
+        whiten_advantages=args.whiten_advantages,
+        pool=partial(pooled_moments, accelerator=trainer.accelerator),
+    )
