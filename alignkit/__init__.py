@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from alignkit.models.reward_files import load_reward_model
     from alignkit.trainers.config import DPOConfig
     from alignkit.trainers.dpo import DPOTrainer
+    from alignkit.trainers.ppo import PPOTrainer
+    from alignkit.trainers.ppo_callbacks import PPOCallback, RewardCallback, RolloutCallback, StopOnKL, ValueCallback
+    from alignkit.trainers.ppo_config import PPOConfig
+    from alignkit.trainers.ppo_doctor import PPODoctor
     from alignkit.trainers.reward import RewardTrainer
     from alignkit.trainers.reward_config import RewardConfig
 
@@ -36,9 +40,17 @@ __all__ = [
     "DataError",
     "ModelBundle",
     "ModelError",
+    "PPOCallback",
+    "PPOConfig",
+    "PPODoctor",
+    "PPOTrainer",
+    "RewardCallback",
     "RewardConfig",
     "RewardTrainer",
+    "RolloutCallback",
+    "StopOnKL",
     "TrainingError",
+    "ValueCallback",
     "__version__",
     "int8",
     "load_preferences",
@@ -67,6 +79,14 @@ _MODULE_OF = {
     "load_reward_model": "alignkit.models.reward_files",
     "DPOConfig": "alignkit.trainers.config",
     "DPOTrainer": "alignkit.trainers.dpo",
+    "PPOTrainer": "alignkit.trainers.ppo",
+    "PPOCallback": "alignkit.trainers.ppo_callbacks",
+    "RewardCallback": "alignkit.trainers.ppo_callbacks",
+    "RolloutCallback": "alignkit.trainers.ppo_callbacks",
+    "StopOnKL": "alignkit.trainers.ppo_callbacks",
+    "ValueCallback": "alignkit.trainers.ppo_callbacks",
+    "PPOConfig": "alignkit.trainers.ppo_config",
+    "PPODoctor": "alignkit.trainers.ppo_doctor",
     "RewardTrainer": "alignkit.trainers.reward",
     "RewardConfig": "alignkit.trainers.reward_config",
 }

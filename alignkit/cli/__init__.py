@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.cli.arguments import ModelArguments, ScriptArguments
+from alignkit.cli.arguments import ModelArguments, RewardArguments, ScriptArguments
 from alignkit.cli.parser import RecipeParser, one_line_errors
 
-__all__ = ["ModelArguments", "RecipeParser", "ScriptArguments", "one_line_errors"]
+__all__ = ["ModelArguments", "RecipeParser", "RewardArguments", "ScriptArguments", "one_line_errors"]

@@ -62,6 +62,20 @@ class ScriptArguments:
 
 
 @dataclass
+class RewardArguments:
+    """What a recipe for PPO rewards answers with, in place of its own function."""
+
+    reward_model: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward models: folders that recipes/reward_lora.py saved, or sequence classifiers by folder or "
+            "name on the Hub. Give several after one --reward_model, or the option several times; their scores are "
+            "added with --reward_weights."
+        },
+    )
+
+
+@dataclass
 class ModelArguments:
     """Which model a recipe loads, in which precision, and which adapter it trains.
 

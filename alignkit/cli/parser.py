@@ -35,6 +35,15 @@ class _Unset:
     """Marks an argument that the command line did not give, so that a file's value is not covered by a default."""
 
 
+class _Gather(argparse.Action):
+    """Stores a value as argparse does, but gathers those of a list that is given several times."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        given = vars(namespace)[self.dest]
+        is_list = isinstance(values, list) and isinstance(given, list)
+        vars(namespace)[self.dest] = [*given, *values] if is_list else values
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn alignkit's errors into one line on stderr and exit code 2, for use around a script's main function."""
@@ -70,6 +79,10 @@ class RecipeParser(HfArgumentParser):
         for action in self._actions:
             if action.dest in self.options and action.nargs != 0:
                 self._leave_conversion_to_us(action)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Add an option that gathers what it is given."""
+        return super().add_argument(*names, **{"action": _Gather, **settings})
 
     def _leave_conversion_to_us(self, action: argparse.Action) -> None:
         """Take text from argparse, so that a file and a command line are read by the same rules."""

@@ -14,12 +14,14 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments
+from alignkit.cli import ModelArguments, RecipeParser, RewardArguments, ScriptArguments
 from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.ppo_config import PPOConfig
 from tests.invariants.source_tree import ROOT
 
 RECIPES = ROOT / "recipes"
-CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+PPO_CONFIGS = sorted((RECIPES / "configs").glob("ppo-*.yaml"))
+CONFIGS = sorted({*(RECIPES / "configs").glob("*.yaml")} - {*PPO_CONFIGS})  # DPO's
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 NOTEBOOKS = sorted((RECIPES / "notebooks").glob("*.ipynb"))
 CARDS = ("8gb", "12gb", "16gb", "24gb", "t4")
@@ -57,6 +59,39 @@ def test_every_config_bounds_memory_and_says_so(path: Path) -> None:
     assert model.load_in_4bit or path.stem == "qwen3-4b-24gb"
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
     assert f"--config recipes/configs/{path.name}" in text
+
+
+def test_there_is_a_ppo_config_for_every_card_that_four_roles_fit() -> None:
+    assert {path.stem for path in PPO_CONFIGS} == {f"ppo-llama-3.1-8b-{card}" for card in ("12gb", "16gb", "24gb")}
+
+
+@pytest.mark.parametrize("path", PPO_CONFIGS, ids=lambda path: path.stem)
+def test_every_ppo_config_is_read_and_means_what_it_says(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    parser = RecipeParser((ScriptArguments, ModelArguments, RewardArguments, PPOConfig))
+    script, model, reward, args = parser.parse(["--config", str(path)])
+    read = {name: value for part in (script, model, reward, args) for name, value in vars(part).items()}
+    written = yaml.safe_load(text)
+    own = {"reward_model": [written["reward_model"]]}  # one name is a list of one
+    assert {name: read[name] for name in written} == written | own
+    assert model.load_in_4bit
+    assert f"--config recipes/configs/{path.name}" in text
+    assert f"one {path.stem.split('-')[-1].removesuffix('gb')} GB card" in text
+
+
+@pytest.mark.parametrize("path", PPO_CONFIGS, ids=lambda path: path.stem)
+def test_every_ppo_config_bounds_memory_and_says_so(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    written = yaml.safe_load(text)
+    episode = written["max_prompt_length"] + written["max_completion_length"]
+    assert episode == 1024 + 512
+    assert min(written["max_tokens_per_forward"], written["rollout_batch_tokens"]) >= episode  # never split
+    comment = text[: text.index("max_tokens_per_forward:")].rstrip().splitlines()[-2:]
+    assert comment[0].startswith("# This number bounds the memory")
+    cached_bytes = 2 * 32 * 8 * 128 * 2  # of a token: keys and values, 32 layers, 8 heads of 128 numbers, 16 bits
+    assert f"{written['rollout_batch_tokens'] * cached_bytes / 1e9:.1f} GB" in text
+    assert written["logging_steps"] == written["num_mini_batches"] * written["num_ppo_epochs"]
+    assert written["save_steps"] % written["logging_steps"] == 0
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.endswith("-t4")], ids=lambda path: path.stem)
