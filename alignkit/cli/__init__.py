@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from alignkit.cli.arguments import ModelArguments, ScriptArguments
-from alignkit.cli.parser import RecipeParser, one_line_errors
+from alignkit.cli.parser import RecipeParser, plain_errors
 
-__all__ = ["ModelArguments", "RecipeParser", "ScriptArguments", "one_line_errors"]
+__all__ = ["ModelArguments", "RecipeParser", "ScriptArguments", "plain_errors"]

@@ -143,15 +143,15 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, logits):  # (N, H), (V, H), (V,) | None, (N,)
         out = hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden))
-        direction = torch.empty_like(hidden)  # (N, H): d logp / d hidden
+        direction = torch.empty_like(hidden)  # (N, H): −d logp / d hidden
         for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
-            slope = logits.slope(z)
             target = targets[rows, None]  # (n, 1)
             logps = F.log_softmax(z, dim=-1)
             out[rows] = logps.gather(-1, target).squeeze(-1)
-            difference = logps.exp_().neg_()  # −softmax, fp32
-            difference.scatter_add_(-1, target, torch.ones_like(target, dtype=difference.dtype))
-            difference *= slope
+            difference = logps.exp_()  # softmax − δ_target, fp32
+            difference.scatter_add_(-1, target, -torch.ones_like(target, dtype=difference.dtype))
+            if logits != Logits():
+                difference *= logits.slope(z)
             torch.mm(difference.to(weight.dtype), weight, out=direction[rows])
         ctx.save_for_backward(direction)
         return out
@@ -159,7 +159,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # (N,)
         (direction,) = ctx.saved_tensors
-        return direction * grad.to(direction.dtype).unsqueeze(-1), None, None, None, None
+        return direction * -grad.to(direction.dtype).unsqueeze(-1), None, None, None, None
 
 
 def _logit_chunks(

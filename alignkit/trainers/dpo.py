@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,27 +22,33 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
 
-from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, pairs_of, split_batch
+from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, add_columns, pairs_of, split_batch
 from alignkit.data.layout import Layout, layout_function, pair_costs, token_bounded_chunks
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
 from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
-from alignkit.models.adapters import REFERENCE_ADAPTER
-from alignkit.models.bundle import REFERENCE
 from alignkit.models.probe import choose_layout
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
 from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks import dpo_callbacks
 from alignkit.trainers.config import DPOConfig, warn_low_lora_learning_rate
-from alignkit.trainers.metrics import MetricWindow, Throughput, add_label_metrics, add_pair_metrics, add_token_metrics
+from alignkit.trainers.metrics import MetricWindow, Throughput, add_batch_metrics, add_token_metrics
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reference_cache import with_reference_logps
-from alignkit.trainers.setup import build_bundle, build_policy, build_tokenizer, check_columns, each_dataset, short_name
+from alignkit.trainers.setup import (
+    build_bundle,
+    build_policy,
+    build_tokenizer,
+    check_dataset,
+    check_devices,
+    each_dataset,
+    remove_reference,
+    short_name,
+)
 
 AnyDataset = Dataset | IterableDataset | list
 
@@ -102,7 +107,7 @@ class DPOTrainer(Trainer):
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         prepared: Any = prepare(train_dataset, "train")
-        check_columns(prepared, args)
+        check_dataset(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
@@ -122,8 +127,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._refuse_unsupported()
-        self.objective = Objective.from_config(args, self._mean_over_processes)
+        check_devices(args, is_fsdp=self.is_fsdp_enabled, has_reference=self.bundle.reference is not None)
+        self.objective = Objective.from_config(args, self._average_kl)
         self._layout: str | None = None  # chosen on the first batch
         self._max_tokens = forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
@@ -208,9 +213,7 @@ class DPOTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        chunks = self._chunks(inputs)
-        if len(chunks) > 1 and self.objective.couples_rows:
-            self._add_coefficients(model, inputs, chunks)
+        chunks = self._chunks(model, inputs)
         loss = torch.zeros((), device=self.args.device)
         for chunk in chunks:
             is_last = chunk is chunks[-1]
@@ -261,28 +264,45 @@ class DPOTrainer(Trainer):
         """Return the loss, the rewards `(chosen, rejected)`, and one label per pair (always 1: chosen is better)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, result = self.compute_loss(model, inputs, return_outputs=True)
+            parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(model, inputs)]
+        result = PreferenceLoss(*map(torch.cat, zip(*parts, strict=True)))
+        loss = result.losses.mean()
         if prediction_loss_only:
-            return loss.detach(), None, None
+            return loss, None, None
         labels = inputs.get("label", torch.ones_like(result.losses, dtype=torch.bool))
-        return loss.detach(), (result.chosen_rewards, result.rejected_rewards), labels
+        return loss, (result.chosen_rewards, result.rejected_rewards), labels
 
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+    def _average_kl(self, kl: Tensor) -> Tensor:
+        """KTO's KL estimate over all processes; it is a metric too."""
+        kl = cast(Tensor, self.accelerator.reduce(kl, reduction="mean"))
+        self._windows["train" if self.model.training else "eval"].add("kl", kl.clamp(min=0))
+        return kl
+
+    def _is_on_any_process(self, value: bool) -> bool:
+        count: Any = torch.tensor(int(value), device=self.args.device)
+        return bool(self.accelerator.reduce(count, reduction="sum"))
 
     def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
         pairs = pairs_of(inputs)
         pad = cast(int, self.processing_class.pad_token_id)
         if self._layout is None:
             with self.compute_loss_context_manager():
-                self._layout = choose_layout(self.bundle, pairs, self.args.layout, pad)
+                self._layout = choose_layout(
+                    self.bundle,
+                    pairs,
+                    self.args.layout,
+                    pad,
+                    wrapped=self.model_wrapped,
+                    on_any_process=self._is_on_any_process,
+                )
         return layout_function(self._layout)(pairs, pad)
 
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
-        layout = self._lay_out(inputs)
         with self.compute_loss_context_manager():  # the precision of training
-            return self.objective.features(self._score_reference(self.model, layout), layout)[:, :2]
+            layouts = [self._lay_out(chunk) for chunk in self._split(inputs)]
+            features = [self.objective.features(self._score_reference(self.model, each), each) for each in layouts]
+            return torch.cat(features)[:, :2]
 
     def _score_reference(self, model: nn.Module, layout: Layout) -> TokenScores:
         if self.bundle.can_reference:
@@ -300,12 +320,20 @@ class DPOTrainer(Trainer):
 
     # --- chunks ---
 
-    def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def _chunks(self, model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Cut a micro-batch into token-bounded chunks that `compute_loss` can take one by one."""
+        chunks = self._split(inputs)
+        if len(chunks) > 1 and self.objective.couples_rows:
+            self._add_coefficients(model, inputs, chunks)
+        return chunks
+
+    def _split(self, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         if self._max_tokens is None:
-            return [inputs]
+            return [dict(inputs)]
         layout = self._lay_out(inputs).name  # what a pair costs depends on it
-        sizes = token_bounded_chunks(pair_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
-        return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
+        return split_batch(
+            inputs, token_bounded_chunks(pair_costs(inputs["lengths"], layout).tolist(), self._max_tokens)
+        )
 
     @torch.no_grad()
     def _add_coefficients(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[dict[str, Tensor]]) -> None:
@@ -317,18 +345,11 @@ class DPOTrainer(Trainer):
             features.append(self.objective.features(scores, layout))
             references.append(self._reference_logps(model, layout, chunk))
             weights.append(self.objective.weights(scores, layout))
-        leaf = torch.cat(features).requires_grad_()  # (B, F)
+        reference = None if references[0] is None else PairLogps(*map(torch.cat, zip(*references, strict=True)))
+        pair_weights = None if weights[0] is None else torch.cat(weights)
         tokens = PairTokens(*inputs["lengths"][:, 1:].unbind(1))
-        with torch.enable_grad():
-            reference = None if references[0] is None else PairLogps(*map(torch.cat, zip(*references, strict=True)))
-            pair_weights = None if weights[0] is None else torch.cat(weights)
-            result = self.objective(leaf, reference, tokens, inputs, pair_weights)
-            (coefficients,) = torch.autograd.grad(result.losses.sum(), leaf)
-        sizes = [len(chunk["lengths"]) for chunk in chunks]
-        parts = {"coefficients": coefficients, **result._asdict()}
-        for name, tensor in parts.items():
-            for chunk, part in zip(chunks, tensor.detach().split(sizes), strict=True):
-                chunk[name] = part
+        slopes, result = self.objective.slopes(torch.cat(features), reference, tokens, inputs, pair_weights)
+        add_columns(chunks, {"coefficients": slopes, **result._asdict()})
 
     def _offloading(self) -> contextlib.AbstractContextManager:
         pin = self.args.device.type == "cuda"
@@ -347,14 +368,9 @@ class DPOTrainer(Trainer):
         policy: PairLogps,
     ) -> None:
         window = self._windows["train" if model.training else "eval"]
-        sequence = layout.sequence_index[few]
-        is_first = sequence % 2 == 0
-        if self.objective.is_unpaired:  # the second completion of a row only serves the KL estimate
-            add_label_metrics(window, result, policy, inputs["label"])
-            add_token_metrics(window, scores, inputs["label"][sequence // 2], is_first)
-        else:
-            add_pair_metrics(window, result, policy)
-            add_token_metrics(window, scores, is_first, torch.ones_like(is_first))
+        label = inputs["label"] if self.objective.is_unpaired else None
+        add_batch_metrics(window, result, policy, label)
+        add_token_metrics(window, scores, layout.sequence_index[few], label)
         if model.training:
             self._throughput.add(len(result.losses), layout.tokens)
 
@@ -380,21 +396,5 @@ class DPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        # PEFT saves every adapter. A reference that never moves belongs to the run's start, not to its results.
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        has_reference = self.bundle.adapters.get(REFERENCE) == REFERENCE_ADAPTER  # else the folder is the user's own
-        if has_reference and self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):
-            shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
-
-    def _refuse_unsupported(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ConfigError(
-                "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
-                "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if is_deepspeed_zero3_enabled() and (self.bundle.reference is not None or self.args.precompute_ref_log_probs):
-            raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
-        if self.is_fsdp_enabled and self.bundle.reference is not None:
-            raise ConfigError(
-                "a separate reference model is not sharded by FSDP: use LoRA, or precompute_ref_log_probs"
-            )
+        if self.args.should_save and not (self.args.sync_ref_model and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
+            remove_reference(folder, self.bundle)
