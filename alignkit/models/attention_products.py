@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # Probabilities of calls with at most this many keys are kept for the backward pass. A token then keeps 2 · heads · keys
 # bytes a layer, little beside its other activations; a longer row would keep more than it saves time.
 KEPT_KEYS = 256
@@ -140,7 +139,7 @@ class _CausalProducts(torch.autograd.Function):
             target = _rows(grad_queries, call)
             torch.baddbmm(target, grad_scores, k, beta=0, alpha=scale, out=target)
             _add(grad_key, call, torch.bmm(grad_scores.transpose(1, 2), q), scale)
-        by_head = grad_queries.transpose(0, 1).reshape(grad.shape).transpose(0, 1)
+        by_head = grad_queries.transpose(0, 1).reshape(*grad.shape[:2], -1).transpose(0, 1)
         return by_head, grad_key, grad_value, None, None, None
 
 
@@ -161,7 +160,7 @@ def _keys(tensor: Tensor, call: Call) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension: fp32 inside, because PyTorch's bf16 one is slower on a CPU as well as coarser."""
+    """Softmax over the last dimension, fp32 inside: PyTorch's bf16 one is slower on a CPU as well as coarser."""
     return torch.softmax(scores.to(_wide(scores)), dim=-1).to(scores.dtype)
 
 
