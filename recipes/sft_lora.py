@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, one_line_errors
+from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.show import show_example
@@ -104,5 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with plain_errors():
         main()

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from alignkit.cli.arguments import ModelArguments, RewardArguments, ScriptArguments
-from alignkit.cli.parser import RecipeParser, one_line_errors
+from alignkit.cli.parser import RecipeParser, plain_errors
 
-__all__ = ["ModelArguments", "RecipeParser", "RewardArguments", "ScriptArguments", "one_line_errors"]
+__all__ = ["ModelArguments", "RecipeParser", "RewardArguments", "ScriptArguments", "plain_errors"]

@@ -45,13 +45,12 @@ class _Gather(argparse.Action):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn alignkit's errors into one line on stderr and exit code 2, for use around a script's main function."""
+def plain_errors() -> Iterator[None]:
+    """Print alignkit's errors on stderr without a traceback, exit code 2, for use around a script's main function."""
     try:
         yield
     except AlignkitError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(USAGE_ERROR)
 
 
@@ -102,7 +101,7 @@ class RecipeParser(HfArgumentParser):
 
         Args:
             argv: arguments without the program's name. None reads `sys.argv`, and then an error ends the program with
-                one line on stderr and exit code 2.
+                its message on stderr and exit code 2.
             defaults: values that the recipe puts in place of the dataclasses' own.
 
         Raises:
@@ -110,7 +109,7 @@ class RecipeParser(HfArgumentParser):
                 whatever a dataclass refuses.
         """
         if argv is None:
-            with one_line_errors():
+            with plain_errors():
                 return self._parse(sys.argv[1:], defaults or {})
         return self._parse(argv, defaults or {})
 

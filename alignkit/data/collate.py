@@ -87,3 +87,11 @@ def split_batch(batch: Mapping[str, Tensor], pairs_per_part: list[int]) -> list[
         part = {name: tensors[number] for name, tensors in columns.items()}
         parts.append({"lengths": part.pop("lengths"), "input_ids": pairs.input_ids, **part})
     return parts
+
+
+def add_columns(parts: Sequence[dict[str, Tensor]], columns: Mapping[str, Tensor]) -> None:
+    """Give each part of a split batch its rows of further columns of the whole batch, without gradients."""
+    sizes = [len(part["lengths"]) for part in parts]
+    for name, tensor in columns.items():
+        for part, rows in zip(parts, tensor.detach().split(sizes), strict=True):
+            part[name] = rows

@@ -191,12 +191,11 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, logits):  # (N, H), (V, H), (V,) | None, (N,)
         out = hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden))
-        direction = torch.empty_like(hidden)  # (N, H): d logp / d hidden
+        direction = torch.empty_like(hidden)  # (N, H): −d logp / d hidden
         for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
-            slope = logits.slope(z)
             logps = F.log_softmax(z, dim=-1)
             out[rows] = _gather(logps, targets[rows])
-            difference = _logps_slope(logps.exp_(), targets[rows]).mul_(slope)  # fp32
+            difference = _by_product(_minus_logps_slope(logps.exp_(), targets[rows]), logits, z)  # fp32
             torch.mm(difference.to(weight.dtype), weight, out=direction[rows])
         ctx.save_for_backward(direction)
         return out
@@ -204,23 +203,22 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # (N,)
         (direction,) = ctx.saved_tensors
-        return direction * grad.to(direction.dtype).unsqueeze(-1), None, None, None, None
+        return direction * -grad.to(direction.dtype).unsqueeze(-1), None, None, None, None
 
 
 class _FrozenHeadWithEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, logits):  # (N, H), (V, H), (V,) | None, (N,)
         out, entropy = (hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(2))
-        direction, entropy_direction = torch.empty_like(hidden), torch.empty_like(hidden)  # (N, H)
+        direction, entropy_direction = torch.empty_like(hidden), torch.empty_like(hidden)  # (N, H), both negative
         for rows, z in _logit_chunks(hidden, lambda h: F.linear(h, weight, bias), logits):
-            slope = logits.slope(z)
             logps = F.log_softmax(z, dim=-1)
             out[rows] = _gather(logps, targets[rows])
             probs = logps.exp()
             entropy[rows] = _entropy(logps, probs)
-            entropy_slope = logps.add_(entropy[rows, None]).mul_(probs).mul_(slope).neg_()
+            entropy_slope = _by_product(logps.add_(entropy[rows, None]).mul_(probs), logits, z)
             torch.mm(entropy_slope.to(weight.dtype), weight, out=entropy_direction[rows])
-            difference = _logps_slope(probs, targets[rows]).mul_(slope)
+            difference = _by_product(_minus_logps_slope(probs, targets[rows]), logits, z)
             torch.mm(difference.to(weight.dtype), weight, out=direction[rows])
         ctx.save_for_backward(direction, entropy_direction)
         return out, entropy
@@ -230,13 +228,18 @@ class _FrozenHeadWithEntropy(torch.autograd.Function):
         direction, entropy_direction = ctx.saved_tensors
         total = direction * grad.to(direction.dtype).unsqueeze(-1)
         total.addcmul_(entropy_direction, entropy_grad.to(direction.dtype).unsqueeze(-1))
-        return total, None, None, None, None
+        return total.neg_(), None, None, None, None
 
 
-def _logps_slope(probs: Tensor, targets: Tensor) -> Tensor:
-    """`δ_target − p`, `(n, V)`: derivative of the target's log-probability by the logits. Overwrites `probs`."""
+def _minus_logps_slope(probs: Tensor, targets: Tensor) -> Tensor:
+    """`p − δ_target`, `(n, V)`: minus the target's log-probability by the logits. Overwrites `probs`."""
     target = targets[:, None]  # (n, 1)
-    return probs.neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=probs.dtype))
+    return probs.scatter_add_(-1, target, -torch.ones_like(target, dtype=probs.dtype))
+
+
+def _by_product(slope: Tensor, logits: Logits, z: Tensor) -> Tensor:
+    """A derivative by the logits `z`, in place, as one by the product with the head."""
+    return slope if logits == Logits() else slope.mul_(logits.slope(z))
 
 
 def _checkpointed(

@@ -36,6 +36,7 @@ class RowAttention:
         self.blocks = blocks
         self.calls = tuple(call for block in blocks for call in _calls(block))
         self.kernels: set[str] = set()
+        self._tiles = tuple(tile for call in self.calls for tile in call.tiles())
         self._biases: dict[tuple[int | None, torch.dtype], list[Tensor]] = {}
         self._varlen: attention_cuda.VarlenPlan | None = None
         self._flex: dict[int | None, attention_cuda.BlockMask] = {}
@@ -65,8 +66,8 @@ class RowAttention:
         key_of_biases = (window, query.dtype)
         if key_of_biases not in self._biases:
             group = query.shape[0] // key.shape[0]
-            self._biases[key_of_biases] = call_biases(self.calls, group, window, query.dtype, query.device)
-        return causal_products(query, key, value, self.calls, scale, window, softcap, self._biases[key_of_biases])
+            self._biases[key_of_biases] = call_biases(self._tiles, group, window, query.dtype, query.device)
+        return causal_products(query, key, value, self._tiles, scale, window, softcap, self._biases[key_of_biases])
 
 
 def _calls(block: Block) -> Iterator[Call]:

@@ -2,7 +2,7 @@
 
 PyTorch's fused CPU attention is slow for short segments, its backward four times more so than these products, and
 slicing q, k and v per segment makes autograd add up whole tensors. One `autograd.Function` over the whole row avoids
-both: gradients are written in place, and softmax rows are recomputed in the backward pass instead of being kept.
+both: gradients are written in place, and long rows of probabilities are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Probabilities of calls with at most this many keys are kept for the backward pass. A token then keeps 2 · heads · keys
+# bytes a layer, little beside its other activations; a longer row would keep more than it saves time.
+KEPT_KEYS = 256
+# Queries of one product. Fewer leave out more of what causality hides; many more products would cost more than that.
+TILE_QUERIES = 128
 
 
 class Call(NamedTuple):
@@ -25,6 +31,15 @@ class Call(NamedTuple):
         """Numbers of queries and keys."""
         return self.query[1] - self.query[0], sum(end - begin for begin, end in self.keys)
 
+    def tiles(self) -> Iterator[Call]:
+        """Yield calls of at most `TILE_QUERIES` queries each that together are this one."""
+        begin, end = self.query
+        count = -(-(end - begin) // TILE_QUERIES)
+        for tile in range(count):
+            first, last = (begin + (end - begin) * edge // count for edge in (tile, tile + 1))
+            *before, (start, _) = self.keys
+            yield Call((first, last), (*before, (start, last)))
+
 
 class _Rule(NamedTuple):
     scale: float
@@ -34,7 +49,7 @@ class _Rule(NamedTuple):
 def call_biases(
     calls: tuple[Call, ...], group: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """What is added to each call's scores: 0 where a query sees a key, else −∞, `(1, group · n, m)`.
+    """What is added to each call's scores: 0 where a query sees a key, else −∞, `(1, n · group, m)`.
 
     Layers with the same window share them, so a row makes them once.
 
@@ -50,7 +65,7 @@ def call_biases(
         distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         bias = torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-        biases.append(bias.repeat(group, 1).unsqueeze(0))
+        biases.append(bias.repeat_interleave(group, dim=0).unsqueeze(0))
     return biases
 
 
@@ -86,47 +101,71 @@ def causal_products(
 class _CausalProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, calls, biases, rule):
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-        by_head = out.transpose(0, 1)
-        normalizers = []
+        queries = _grouped(query, key.shape[0])
+        out = queries.new_empty(*queries.shape[:3], value.shape[-1])  # (Hk, T, group, D)
+        kept = []
         for call, bias in zip(calls, biases, strict=True):
-            q, k, v = _operands(query, key, value, call)
-            scores = _scores(q, k, bias, rule)[0]
-            # PyTorch's bf16 maximum on a CPU is several times slower than a cast and the fp32 one.
-            largest = scores.to(_wide(scores)).amax(dim=-1, keepdim=True).to(scores.dtype)
-            weights = scores.sub_(largest).exp_()
-            total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
-            _write(by_head, call.query, torch.bmm(weights, v).div_(total))
-            normalizers.append((largest, total))
-        ctx.save_for_backward(query, key, value, *(tensor for pair in normalizers for tensor in pair))
+            scores, slope = _scores(_rows(queries, call), _keys(key, call), bias, rule)
+            probs = _softmax(scores)
+            torch.bmm(probs, _keys(value, call), out=_rows(out, call))
+            kept.append(probs if _is_kept(call, slope) else None)
+        ctx.save_for_backward(queries, key, value, out, *kept)
         ctx.calls, ctx.biases, ctx.rule = calls, biases, rule
-        return out
+        return out.transpose(0, 1).reshape(query.shape[1], query.shape[0], -1)
 
     @staticmethod
     def backward(ctx, grad):  # (T, Hq, D)
-        query, key, value, *normalizers = ctx.saved_tensors
-        # Laid out as the projections made them, (T, heads, D), so that no copy follows.
-        grad_query, grad_key, grad_value = (
+        queries, key, value, out, *kept = ctx.saved_tensors
+        scale = ctx.rule.scale
+        grads = _grouped(grad.transpose(0, 1), key.shape[0])
+        # Σ_j p_j dp_j of a query is the product of its output and the output's gradient.
+        inner = torch.linalg.vecdot(grads, out).unsqueeze(-1)  # (Hk, T, group, 1)
+        grad_queries = torch.empty_like(queries)
+        # Laid out as the projections made them, (T, Hk, D), so that no copy follows.
+        grad_key, grad_value = (
             torch.zeros_like(t.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-            for t in (query, key, value)
+            for t in (key, value)
         )
-        for number, call in enumerate(ctx.calls):
-            largest, total = normalizers[2 * number : 2 * number + 2]
-            q, k, v = _operands(query, key, value, call)
-            # Dividing the few columns of the incoming gradient by the row sums stands for dividing all weights.
-            g = grad.transpose(0, 1)[:, slice(*call.query)].reshape(q.shape[0], q.shape[1], v.shape[-1]) / total
-            g = g.to(v.dtype)
-            scores, slope = _scores(q, k, ctx.biases[number], ctx.rule)
-            weights = scores.sub_(largest).exp_()
-            mixed = torch.bmm(weights, v)  # the output before normalisation: Σ_j p_j dp_j = g · out
-            inner = (mixed * g).sum(dim=-1, keepdim=True, dtype=_wide(g)).div_(total).to(g.dtype)
-            _add(grad_value, call.keys, torch.bmm(weights.transpose(1, 2), g))
-            grad_scores = torch.baddbmm(inner, g, v.transpose(1, 2), beta=-1).mul_(weights)
+        for call, bias, probs in zip(ctx.calls, ctx.biases, kept, strict=True):
+            q, g, k, slope = _rows(queries, call), _rows(grads, call), _keys(key, call), None
+            if probs is None:
+                scores, slope = _scores(q, k, bias, ctx.rule)
+                probs = _softmax(scores)
+            _add(grad_value, call, torch.bmm(probs.transpose(1, 2), g))
+            v = _keys(value, call).transpose(1, 2)
+            grad_scores = torch.baddbmm(_rows(inner, call), g, v, beta=-1).mul_(probs)
             if slope is not None:
                 grad_scores.mul_(slope)
-            _write(grad_query, call.query, torch.bmm(grad_scores, k).mul_(ctx.rule.scale))
-            _add(grad_key, call.keys, torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.rule.scale))
-        return grad_query, grad_key, grad_value, None, None, None
+            target = _rows(grad_queries, call)
+            torch.baddbmm(target, grad_scores, k, beta=0, alpha=scale, out=target)
+            _add(grad_key, call, torch.bmm(grad_scores.transpose(1, 2), q), scale)
+        by_head = grad_queries.transpose(0, 1).reshape(*grad.shape[:2], -1).transpose(0, 1)
+        return by_head, grad_key, grad_value, None, None, None
+
+
+def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
+    """`(Hq, T, D)` as `(Hk, T, group, D)`, contiguous: one product takes a key head's whole group, without copies."""
+    return tensor.unflatten(0, (key_heads, -1)).transpose(1, 2).contiguous()
+
+
+def _rows(tensor: Tensor, call: Call) -> Tensor:
+    """The call's queries of `(Hk, T, group, D)`, a view `(Hk, n · group, D)`."""
+    return tensor[:, slice(*call.query)].flatten(1, 2)
+
+
+def _keys(tensor: Tensor, call: Call) -> Tensor:
+    """The call's keys or values of `(Hk, T, D)`: `(Hk, m, D)`."""
+    parts = [tensor[:, begin:end] for begin, end in call.keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, fp32 inside: PyTorch's bf16 one is slower on a CPU as well as coarser."""
+    return torch.softmax(scores.to(_wide(scores)), dim=-1).to(scores.dtype)
+
+
+def _is_kept(call: Call, slope: Tensor | None) -> bool:
+    return slope is None and call.shape[1] <= KEPT_KEYS
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -134,27 +173,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _operands(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Iterator[Tensor]:
-    """Yield q `(Hk, group · n, D)`, k and v `(Hk, m, D)` of one call: a key head meets its group in one product."""
-    yield query[:, slice(*call.query)].reshape(key.shape[0], -1, query.shape[-1])
-    for tensor in (key, value):
-        parts = [tensor[:, begin:end] for begin, end in call.keys]
-        yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
 def _scores(q: Tensor, k: Tensor, bias: Tensor, rule: _Rule) -> tuple[Tensor, Tensor | None]:
-    """Masked scores `(Hk, group · n, m)` in the dtype of q, and the soft-cap's slope where there is a cap."""
+    """Masked scores `(Hk, n · group, m)` in the dtype of q, and the soft-cap's slope where there is a cap."""
     if rule.softcap is None:
         return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=rule.scale), None
     capped = torch.bmm(q, k.transpose(1, 2)).mul_(rule.scale / rule.softcap).tanh_()
     return (capped * rule.softcap).add_(bias), 1 - capped**2
 
 
-def _write(target: Tensor, span: tuple[int, int], source: Tensor) -> None:
-    view = target[:, span[0] : span[1]]
-    view.copy_(source.view(view.shape))
-
-
-def _add(target: Tensor, spans: tuple[tuple[int, int], ...], source: Tensor) -> None:
-    for (begin, end), part in zip(spans, source.split([b - a for a, b in spans], dim=1), strict=True):
-        target[:, begin:end] += part
+def _add(target: Tensor, call: Call, source: Tensor, factor: float = 1.0) -> None:
+    """Add `factor · source` `(Hk, m, D)` to the call's keys of `target` `(Hk, T, D)`."""
+    for (begin, end), part in zip(call.keys, source.split([b - a for a, b in call.keys], dim=1), strict=True):
+        target[:, begin:end].add_(part, alpha=factor)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from alignkit.errors import ConfigError
 from alignkit.trainers.config_engine import EngineConfig
 
-# On a CPU larger passes gain nothing: matrix products are at full speed by then, and activations fall out of the cache.
-CPU_TOKENS = 2048
+# On a CPU larger passes gain nothing more and take memory: matrix products are at full speed by then.
+CPU_TOKENS = 3072
 # Share of the memory that is free after loading which activations may take; the rest is for the optimizer, the head's
 # chunks and fragmentation.
 ACTIVATION_SHARE = 0.6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,27 +18,22 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
 
-from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator
+from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, add_columns
 from alignkit.data.layout import Layout
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
 from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
-from alignkit.models.adapters import REFERENCE_ADAPTER
-from alignkit.models.bundle import REFERENCE
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
-from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks import dpo_callbacks
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.metrics import (
     MetricWindow,
     Throughput,
-    add_label_metrics,
-    add_pair_metrics,
+    add_batch_metrics,
     add_token_metrics,
     add_window_metrics,
 )
@@ -59,9 +53,11 @@ from alignkit.trainers.setup import (
     build_bundle,
     build_policy,
     build_tokenizer,
-    check_columns,
+    check_dataset,
+    check_devices,
     each_dataset,
     own_copy,
+    remove_reference,
     short_name,
 )
 
@@ -120,7 +116,7 @@ class DPOTrainer(Trainer):
         self.reports: dict[str, PreparationReport] = {}
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         prepared: Any = prepare(train_dataset, "train")
-        check_columns(prepared, args)
+        check_dataset(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
@@ -137,15 +133,9 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._refuse_unsupported()
-        self.objective = Objective.from_config(args, self._mean_over_processes)
-        self._passes = Passes(
-            self.bundle,
-            args,
-            cast(int, tokenizer.pad_token_id),
-            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
-            self.compute_loss_context_manager,
-        )
+        check_devices(args, is_fsdp=self.is_fsdp_enabled, has_reference=self.bundle.reference is not None)
+        self.objective = Objective.from_config(args, self._average_kl)
+        self._passes = passes_of(self)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._throughput = Throughput()
         if self.bundle.reference is not None:
@@ -227,9 +217,7 @@ class DPOTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        chunks = self._chunks(inputs)
-        if len(chunks) > 1 and self.objective.couples_rows:
-            self._add_coefficients(model, inputs, chunks)
+        chunks = self._chunks(model, inputs)
         step = super().training_step
         return accumulate(
             lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
@@ -275,23 +263,33 @@ class DPOTrainer(Trainer):
         """Return the loss, the rewards `(chosen, rejected)`, and one label per pair (always 1: chosen is better)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, result = self.compute_loss(model, inputs, return_outputs=True)
+            parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(model, inputs)]
+        result = PreferenceLoss(*map(torch.cat, zip(*parts, strict=True)))
+        loss = result.losses.mean()
         if prediction_loss_only:
-            return loss.detach(), None, None
+            return loss, None, None
         labels = inputs.get("label", torch.ones_like(result.losses, dtype=torch.bool))
-        return loss.detach(), (result.chosen_rewards, result.rejected_rewards), labels
+        return loss, (result.chosen_rewards, result.rejected_rewards), labels
 
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+    def _average_kl(self, kl: Tensor) -> Tensor:
+        """KTO's KL estimate over all processes; it is a metric too."""
+        kl = cast(Tensor, self.accelerator.reduce(kl, reduction="mean"))
+        self._windows["train" if self.model.training else "eval"].add("kl", kl.clamp(min=0))
+        return kl
+
+    def _is_on_any_process(self, value: bool) -> bool:
+        count: Any = torch.tensor(int(value), device=self.args.device)
+        return bool(self.accelerator.reduce(count, reduction="sum"))
 
     def _lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
         return self._passes.lay_out(inputs)
 
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
-        layout = self._lay_out(inputs)
         with self.compute_loss_context_manager():  # the precision of training
-            return self.objective.features(self._score_reference(self.model, layout), layout)[:, :2]
+            layouts = [self._lay_out(chunk) for chunk in self._split(inputs)]
+            features = [self.objective.features(self._score_reference(self.model, each), each) for each in layouts]
+            return torch.cat(features)[:, :2]
 
     def _score_reference(self, model: nn.Module, layout: Layout) -> TokenScores:
         if self.bundle.can_reference:
@@ -309,8 +307,12 @@ class DPOTrainer(Trainer):
 
     # --- chunks ---
 
-    def _chunks(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        return self._passes.split(inputs)
+    def _chunks(self, model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Cut a micro-batch into token-bounded chunks that `compute_loss` can take one by one."""
+        chunks = self._passes.split(inputs)
+        if len(chunks) > 1 and self.objective.couples_rows:
+            self._add_coefficients(model, inputs, chunks)
+        return chunks
 
     @torch.no_grad()
     def _add_coefficients(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[dict[str, Tensor]]) -> None:
@@ -322,18 +324,11 @@ class DPOTrainer(Trainer):
             features.append(self.objective.features(scores, layout))
             references.append(self._reference_logps(model, layout, chunk))
             weights.append(self.objective.weights(scores, layout))
-        leaf = torch.cat(features).requires_grad_()  # (B, F)
+        reference = None if references[0] is None else PairLogps(*map(torch.cat, zip(*references, strict=True)))
+        pair_weights = None if weights[0] is None else torch.cat(weights)
         tokens = PairTokens(*inputs["lengths"][:, 1:].unbind(1))
-        with torch.enable_grad():
-            reference = None if references[0] is None else PairLogps(*map(torch.cat, zip(*references, strict=True)))
-            pair_weights = None if weights[0] is None else torch.cat(weights)
-            result = self.objective(leaf, reference, tokens, inputs, pair_weights)
-            (coefficients,) = torch.autograd.grad(result.losses.sum(), leaf)
-        sizes = [len(chunk["lengths"]) for chunk in chunks]
-        parts = {"coefficients": coefficients, **result._asdict()}
-        for name, tensor in parts.items():
-            for chunk, part in zip(chunks, tensor.detach().split(sizes), strict=True):
-                chunk[name] = part
+        slopes, result = self.objective.slopes(torch.cat(features), reference, tokens, inputs, pair_weights)
+        add_columns(chunks, {"coefficients": slopes, **result._asdict()})
 
     # --- metrics and files ---
 
@@ -348,14 +343,9 @@ class DPOTrainer(Trainer):
         policy: PairLogps,
     ) -> None:
         window = self._windows["train" if model.training else "eval"]
-        sequence = layout.sequence_index[few]
-        is_first = sequence % 2 == 0
-        if self.objective.is_unpaired:  # the second completion of a row only serves the KL estimate
-            add_label_metrics(window, result, policy, inputs["label"])
-            add_token_metrics(window, scores, inputs["label"][sequence // 2], is_first)
-        else:
-            add_pair_metrics(window, result, policy)
-            add_token_metrics(window, scores, is_first, torch.ones_like(is_first))
+        label = inputs["label"] if self.objective.is_unpaired else None
+        add_batch_metrics(window, result, policy, label)
+        add_token_metrics(window, scores, layout.sequence_index[few], label)
         if model.training:
             self._throughput.add(len(result.losses), layout.tokens)
 
@@ -370,17 +360,5 @@ class DPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        # PEFT saves every adapter. A reference that never moves belongs to the run's start, not to its results.
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        has_reference = self.bundle.adapters.get(REFERENCE) == REFERENCE_ADAPTER  # else the folder is the user's own
-        if has_reference and self.args.should_save and not (self.args.sync_ref_model and is_checkpoint):
-            shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
-
-    def _refuse_unsupported(self) -> None:
-        refuse_data_parallel(self.args)
-        if is_deepspeed_zero3_enabled() and (self.bundle.reference is not None or self.args.precompute_ref_log_probs):
-            raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
-        if self.is_fsdp_enabled and self.bundle.reference is not None:
-            raise ConfigError(
-                "a separate reference model is not sharded by FSDP: use LoRA, or precompute_ref_log_probs"
-            )
+        if self.args.should_save and not (self.args.sync_ref_model and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
+            remove_reference(folder, self.bundle)

@@ -53,40 +53,52 @@ class MetricWindow:
         totals = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])  # (M, 2)
         totals = cast(Tensor, accelerator.reduce(totals.to(accelerator.device), reduction="sum"))
         self._sums, self._counts = {}, {}
-        return {name: (total / count) for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
+        means = {name: (total / count) for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():  # also where they are of different rows (KTO)
+            means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+        return means
 
 
-def add_pair_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairLogps) -> None:
-    """Record `rewards/*` and `logps/*` of a batch of pairs."""
+def add_batch_metrics(
+    window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor | None = None
+) -> None:
+    """Record `rewards/*` and `logps/*` of a batch.
+
+    Args:
+        window: where they are added.
+        result: losses and rewards of the rows.
+        policy: log-probs of both completions.
+        label: boolean `(B,)` for unpaired rows (KTO), whose desirable ones are "chosen"; `None` for pairs.
+    """
     chosen, rejected = result.chosen_rewards, result.rejected_rewards
-    window.add("rewards/chosen", chosen)
-    window.add("rewards/rejected", rejected)
-    window.add("rewards/accuracies", (chosen > rejected).double())
-    window.add("rewards/margins", chosen - rejected)
-    window.add("logps/chosen", policy.chosen)
-    window.add("logps/rejected", policy.rejected)
+    if label is None:
+        window.add("rewards/accuracies", (chosen > rejected).double())
+        window.add("rewards/margins", chosen - rejected)
+        sides = {"chosen": (chosen, policy.chosen), "rejected": (rejected, policy.rejected)}
+    else:  # each row is one completion, and lies in `.chosen`
+        sides = {
+            "chosen": (chosen[label], policy.chosen[label]),
+            "rejected": (rejected[~label], policy.chosen[~label]),
+        }
+    for name, (rewards, logps) in sides.items():
+        window.add(f"rewards/{name}", rewards)
+        window.add(f"logps/{name}", logps)
 
 
-def add_label_metrics(window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor) -> None:
-    """Record KTO's metrics: rewards and log-probs of desirable ("chosen") and undesirable ("rejected") rows."""
-    sides = {"chosen": (label, result.chosen_rewards), "rejected": (~label, result.rejected_rewards)}
-    for name, (rows, rewards) in sides.items():
-        window.add(f"rewards/{name}", rewards[rows])
-        window.add(f"logps/{name}", policy.chosen[rows])
-
-
-def add_token_metrics(window: MetricWindow, scores: TokenScores, is_chosen: Tensor, counts: Tensor) -> None:
+def add_token_metrics(window: MetricWindow, scores: TokenScores, sequence: Tensor, label: Tensor | None = None) -> None:
     """Record diagnostics of sampled completion tokens.
 
     Args:
         window: where they are added.
         scores: with statistics of `M` tokens, or none.
-        is_chosen: whether a token belongs to a chosen (for KTO: desirable) completion, boolean `(M,)`.
-        counts: whether it counts at all, boolean `(M,)`.
+        sequence: the sequence that each token belongs to, `(M,)`: even ones are chosen, odd ones rejected.
+        label: of unpaired rows, `(B,)`. Their odd sequences, which only serve the KL estimate, do not count.
     """
     if scores.statistics is None:
         return
     entropy, mean_logit, is_top1 = scores.statistics
+    is_first = sequence % 2 == 0
+    counts, is_chosen = (torch.ones_like(is_first), is_first) if label is None else (is_first, label[sequence // 2])
     window.add("entropy", entropy[counts])
     window.add("logits/chosen", mean_logit[is_chosen & counts])
     window.add("logits/rejected", mean_logit[~is_chosen & counts])

@@ -131,6 +131,21 @@ class Objective:
         )
         return result._replace(losses=result.losses * columns["weight"]) if "weight" in columns else result
 
+    def slopes(
+        self,
+        features: Tensor,
+        reference: PairLogps | None,
+        tokens: PairTokens,
+        columns: Mapping[str, Tensor],
+        pair_weights: Tensor | None = None,
+    ) -> tuple[Tensor, PreferenceLoss]:
+        """Return the summed loss's derivative by each feature, `(B, F)`, and the rows' result; arguments as above."""
+        leaf = features.detach().requires_grad_()
+        with torch.enable_grad():
+            result = self(leaf, reference, tokens, columns, pair_weights)
+            (slopes,) = torch.autograd.grad(result.losses.sum(), leaf)
+        return slopes, result
+
     def _kl(self, policy: PairLogps, reference: PairLogps | None) -> Tensor | None:
         """KTO's estimate of KL(policy || reference) from the mismatched completions, over all processes."""
         if not self.is_unpaired or reference is None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def model_digest(bundle: ModelBundle) -> str:
     model: Any = bundle.model if bundle.reference is None else bundle.reference
     worn = bundle.adapters.get(REFERENCE) if bundle.reference is None else None
     if isinstance(model, PeftModel):
-        others = {name for name in model.peft_config if name != worn} if bundle.reference is None else set()
+        others = _weights_of(model, {name for name in model.peft_config if name != worn and bundle.reference is None})
         if worn is not None:
             # Sets are sorted: their own order differs from process to process.
             digest.update(json.dumps(model.peft_config[worn].to_dict(), sort_keys=True, default=sorted).encode())
@@ -86,11 +88,28 @@ def model_digest(bundle: ModelBundle) -> str:
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: _base_name(item[0])):
-        if others & set(name.split(".")) or (worn is None and bundle.reference is None and ".lora_" in name):
+        if name in others:
             continue
         digest.update(f"{_base_name(name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _weights_of(model: PeftModel, adapters: set[str]) -> set[str]:
+    """Names in the state dict that belong to `adapters`: those that follow a place where PEFT keeps adapters.
+
+    The adapter's name alone does not tell: an adapter may be called like one of the model's own modules.
+    """
+    places = {"modules_to_save"}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            places |= {*module.adapter_layer_names, *module.other_param_names}
+    parts = {name: name.split(".") for name in model.state_dict()}
+    return {
+        name
+        for name, path in parts.items()
+        if any(place in places and adapter in adapters for place, adapter in pairwise(path))
+    }
 
 
 def _base_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,10 +14,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.functional.preference import LOSSES
-from alignkit.models.adapters import add_adapter, disable_dropout, keep_adapters_fp32, reference_adapter
+from alignkit.models.adapters import (
+    REFERENCE_ADAPTER,
+    add_adapter,
+    disable_dropout,
+    keep_adapters_fp32,
+    reference_adapter,
+)
 from alignkit.models.bundle import REFERENCE, ModelBundle
 from alignkit.models.fused import fuse_frozen_modules
 from alignkit.models.load import load_model
@@ -205,12 +213,15 @@ def each_dataset(datasets: Any, function: Callable[[Any, str], Any], name: str) 
     return function(datasets, name)
 
 
-def check_columns(dataset: Dataset | IterableDataset, args: DPOConfig) -> None:
-    """See that the losses can use the further columns of a prepared dataset.
+def check_dataset(dataset: Dataset | IterableDataset, args: DPOConfig) -> None:
+    """See that the prepared training set has an end, and columns that the losses can use.
 
     Raises:
+        ConfigError: a stream without `max_steps`.
         DataError: a `weight` column with losses that re-order the rows.
     """
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise ConfigError("the training set is a stream, whose length is not known: set max_steps, e.g. max_steps=1000")
     columns, specs = dataset.column_names or [], [LOSSES[name] for name in args.loss_type]
     ordered = [spec.name for spec in specs if not spec.supports_weighting and not spec.unpaired]
     if "weight" in columns and ordered:
@@ -240,3 +251,34 @@ def build_tokenizer(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ModelError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}")
     return with_pad_token(processing_class)
+
+
+def check_devices(args: DPOConfig, *, is_fsdp: bool, has_reference: bool) -> None:
+    """Refuse what would run wrong on the processes and devices that Trainer found.
+
+    Args:
+        args: of the run.
+        is_fsdp: whether FSDP shards the policy.
+        has_reference: whether the reference is a model of its own.
+
+    Raises:
+        ConfigError: DataParallel, or a reference that the sharding cannot serve.
+    """
+    if args.n_gpu > 1:
+        raise ConfigError(
+            "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
+            "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if is_deepspeed_zero3_enabled() and (has_reference or args.precompute_ref_log_probs):
+        raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
+    if is_fsdp and has_reference:
+        raise ConfigError("a separate reference model is not sharded by FSDP: use LoRA, or precompute_ref_log_probs")
+
+
+def remove_reference(folder: Path, bundle: ModelBundle) -> None:
+    """Remove the reference adapter that PEFT saved beside the policy's.
+
+    A reference that never moves belongs to the run's start, not to its results. One that the user made stays.
+    """
+    if bundle.adapters.get(REFERENCE) == REFERENCE_ADAPTER:
+        shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)

@@ -177,8 +177,8 @@ def test_kto_batch(options: dict[str, Any], adapter_seed: int, kl_is_positive: b
     their_metrics = {name: value for name, (value,) in theirs._metrics["train"].items()}
     assert (their_metrics["kl"] > 0) == kl_is_positive
     metrics = ours._windows["train"].means(ours.accelerator)
-    compared_metrics = compared(metrics)
-    assert len(compared_metrics) == 4  # of each label's rows, rewards and log-probs
+    compared_metrics = {**compared(metrics), "kl": metrics["kl"]}
+    assert len(compared_metrics) == 6  # of each label's rows, rewards and log-probs; their margin; the KL estimate
     assert compared_metrics == pytest.approx(
         {name: their_metrics[name] for name in compared_metrics}, rel=1e-4, abs=1e-5
     )

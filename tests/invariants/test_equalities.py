@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from peft import PeftModel
@@ -162,8 +163,47 @@ def test_coupled_losses_in_pieces(name: str, budget: int, tmp_path: Path) -> Non
     whole = steps(tmp_path, options)
     found = steps(tmp_path, {**options, "max_tokens_per_forward": budget})
     assert found[1].objective.couples_rows
-    assert len(found[1]._chunks(found[1].data_collator(list(found[1].train_dataset)))) > 2
+    assert len(found[1]._split(found[1].data_collator(list(found[1].train_dataset)))) > 2
     assert_same_run(found, whole)
+
+
+@pytest.mark.parametrize("name", COUPLED | SEPARABLE)
+def test_evaluation_in_pieces(name: str, tmp_path: Path) -> None:
+    """Loss, rewards and every exact metric of an evaluation do not depend on the token budget."""
+    options = {**(COUPLED | SEPARABLE)[name], "per_device_eval_batch_size": PAIRS}
+    rows = rows_for(options)
+    outputs = []
+    for budget in (None, *BUDGETS):
+        _, trainer = steps(tmp_path, {**options, "max_tokens_per_forward": budget}, rows=rows)
+        outputs.append(trainer.predict(Dataset.from_list(rows)))
+    whole, *pieces = outputs
+    for output in pieces:
+        for found, expected in zip(output.predictions, whole.predictions, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=RTOL, atol=1e-6)
+        assert exact_metrics(output.metrics) == pytest.approx(exact_metrics(whole.metrics), rel=1e-4, abs=1e-6)
+        assert exact_metrics(output.metrics).keys() == exact_metrics(whole.metrics).keys()
+
+
+def exact_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Without clocks, and without the metrics that are estimated on some tokens of each forward pass."""
+    estimated = ("test_runtime", "test_samples_per", "test_steps_per", "test_model", "test_entropy", "test_logits")
+    return {k: v for k, v in metrics.items() if not k.startswith((*estimated, "test_mean_token"))}
+
+
+def test_the_reference_is_precomputed_in_pieces(tmp_path: Path) -> None:
+    whole, pieces = (
+        steps(
+            tmp_path,
+            {
+                "precompute_ref_log_probs": True,
+                "reference_cache_dir": str(tmp_path / str(budget)),
+                "max_tokens_per_forward": budget,
+            },
+        )[1].train_dataset
+        for budget in (None, 1)
+    )
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        np.testing.assert_allclose(pieces[name], whole[name], rtol=RTOL)
 
 
 def test_a_ragged_step_weighs_every_pair_alike(tmp_path: Path) -> None:

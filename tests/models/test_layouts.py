@@ -229,6 +229,35 @@ def test_a_model_that_cannot_branch_is_packed(caplog):
         choose_layout(bundle, random_pairs(), "prefix_shared", PAD)
 
 
+@pytest.mark.parametrize("kind", [True, False], ids=["disagrees", "agrees"])
+def test_processes_agree_on_a_layout(kind, caplog):
+    """Under FSDP a forward pass is a collective one: all processes try the same layouts and take the same."""
+    votes = []
+
+    def on_any_process(value):
+        votes.append(value)
+        return value or kind
+
+    with caplog.at_level(logging.WARNING, logger="alignkit"):
+        layout = choose_layout(our_bundle("llama"), random_pairs(), "auto", PAD, on_any_process=on_any_process)
+    assert layout == ("padded" if kind else "prefix_shared")
+    assert votes == ([False, False] if kind else [False])
+    assert [line.split(": ")[-1] for line in our_log(caplog)] == (
+        ["another process found that it does not agree with padded"] if kind else []
+    )
+
+
+def test_attention_dropout_falls_back_to_padded(caplog):
+    """Packed rows have no attention dropout, and a probe in evaluation mode would not notice."""
+    bundle = ModelBundle(tiny_model("llama", attention_dropout=0.5).eval())
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, logger="alignkit"):
+        assert choose_layout(bundle, random_pairs(), "auto", PAD) == "padded"
+    assert "attention dropout is not supported on packed rows" in our_log(caplog)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in bundle.model.modules())
+
+
 def test_a_separate_reference_is_probed_too():
     """It may be of another architecture than the policy."""
     bundle = ModelBundle(our_model("llama"), reference=tiny_model("gptj"))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+from datasets import Dataset
 
 from alignkit.errors import ConfigError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_checks import NEEDS, RANGES
+from alignkit.trainers.dpo import DPOTrainer
+from tests.model_factory import tiny_model
+from tests.tiny_preferences import QUIET, character_tokenizer, lora, token_rows
 
 # (options, the start of the message or a regular expression in it)
 CASES = {
@@ -263,3 +267,15 @@ def test_every_dependent_option_and_every_range_has_a_case():
 def test_unknown_option_is_refused():
     with pytest.raises(TypeError, match="betta"):
         DPOConfig(betta=0.1)
+
+
+def test_a_stream_without_an_end_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"the training set is a stream.*set max_steps"):
+        DPOTrainer(
+            tiny_model("llama"),
+            args=DPOConfig(str(tmp_path / "run"), **QUIET),
+            train_dataset=Dataset.from_list(token_rows(4)).to_iterable_dataset(),
+            processing_class=character_tokenizer(),
+            peft_config=lora(),
+        )
+    assert not (tmp_path / "run").exists()

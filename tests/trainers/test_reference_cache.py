@@ -215,6 +215,18 @@ def test_a_continued_adapters_reference_is_part_of_the_digest():
     assert len(digests) == 3
 
 
+def test_an_adapter_called_like_a_module_hides_no_base_weight():
+    digests = set()
+    for change in (0.0, 1.0):
+        bundle = ModelBundle(our_model())
+        bundle.model.add_adapter("mlp", lora_config())
+        with torch.no_grad():
+            bundle.base.model.layers[0].mlp.up_proj.get_base_layer().weight.add_(change)
+        digests.add(model_digest(bundle))
+    assert len(digests) == 2
+    assert model_digest(ModelBundle(our_model())) in digests  # the inactive adapter itself does not count
+
+
 HASHER = """
     from alignkit.models.adapters import reference_adapter
     from alignkit.models.bundle import REFERENCE, ModelBundle
