@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from alignkit.cli import ModelArguments, RecipeParser, RewardArguments, ScriptArguments, one_line_errors
+from alignkit.cli import ModelArguments, RecipeParser, RewardArguments, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.errors import ConfigError
@@ -113,5 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with plain_errors():
         main()

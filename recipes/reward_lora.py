@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, one_line_errors
+from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.evaluation.preference import summarize_rewards
@@ -92,5 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with plain_errors():
         main()

@@ -39,11 +39,10 @@ from alignkit.trainers.metrics import (
 )
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.passes import (
-    Passes,
     accelerator_arguments,
     accumulate,
     count_rows,
-    refuse_data_parallel,
+    passes_of,
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
@@ -287,7 +286,7 @@ class DPOTrainer(Trainer):
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
         with self.compute_loss_context_manager():  # the precision of training
-            layouts = [self._lay_out(chunk) for chunk in self._split(inputs)]
+            layouts = [self._lay_out(chunk) for chunk in self._passes.split(dict(inputs))]
             features = [self.objective.features(self._score_reference(self.model, each), each) for each in layouts]
             return torch.cat(features)[:, :2]
 

@@ -18,6 +18,7 @@ from alignkit.data.layout import Layout, group_costs, layout_function, padded, t
 from alignkit.errors import ConfigError
 from alignkit.models.bundle import ModelBundle
 from alignkit.models.probe import choose_layout
+from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.config_engine import EngineConfig
 
 Batch = dict[str, Tensor]
@@ -32,6 +33,8 @@ class Passes:
         pad_token_id: for the padded layout.
         max_tokens: most tokens of one pass; `None` for whole micro-batches.
         precision: the context that training's forward passes run in.
+        wrapped: the module that DDP or FSDP has made of the policy by now.
+        accelerator: through which processes agree on the layout.
     """
 
     def __init__(
@@ -41,9 +44,12 @@ class Passes:
         pad_token_id: int,
         max_tokens: int | None,
         precision: Callable[[], contextlib.AbstractContextManager],
+        wrapped: Callable[[], nn.Module],
+        accelerator: Accelerator,
     ) -> None:
         self.bundle, self.args, self.pad_token_id = bundle, args, pad_token_id
         self.max_tokens, self.precision = max_tokens, precision
+        self.wrapped, self.accelerator = wrapped, accelerator
         self.layout: str | None = None
 
     def lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
@@ -51,7 +57,14 @@ class Passes:
         groups = pairs_of(inputs)
         if self.layout is None:
             with self.precision():
-                self.layout = choose_layout(self.bundle, groups, self.args.layout, self.pad_token_id)
+                self.layout = choose_layout(
+                    self.bundle,
+                    groups,
+                    self.args.layout,
+                    self.pad_token_id,
+                    wrapped=self.wrapped(),
+                    on_any_process=self._on_any_process,
+                )
         multiple: Any = self.args.pad_to_multiple_of  # a number by now, or None
         if self.layout == "padded" and multiple is not None:
             return padded(groups, self.pad_token_id, multiple)
@@ -64,6 +77,24 @@ class Passes:
         layout = self.lay_out(inputs).name  # what a group costs depends on it
         sizes = token_bounded_chunks(group_costs(inputs["lengths"], layout).tolist(), self.max_tokens)
         return [inputs] if len(sizes) == 1 else split_batch(inputs, sizes)
+
+    def _on_any_process(self, value: bool) -> bool:
+        count: Any = torch.tensor(int(value), device=self.args.device)
+        return bool(self.accelerator.reduce(count, reduction="sum"))
+
+
+def passes_of(trainer: Any) -> Passes:
+    """The passes of a trainer that has a `bundle`, once its own Trainer is made."""
+    args, accelerator = trainer.args, trainer.accelerator
+    return Passes(
+        trainer.bundle,
+        args,
+        trainer.processing_class.pad_token_id,
+        forward_budget_tokens(trainer.bundle.base, args, accelerator.distributed_type),
+        trainer.compute_loss_context_manager,
+        lambda: trainer.model_wrapped,
+        accelerator,
+    )
 
 
 def accumulate(

@@ -22,11 +22,10 @@ from alignkit.errors import ConfigError
 from alignkit.models.bundle import POLICY, REFERENCE
 from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
-from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.metrics import Throughput, add_window_metrics
-from alignkit.trainers.passes import Batch, Passes, accelerator_arguments, accumulate
+from alignkit.trainers.passes import Batch, accelerator_arguments, accumulate, passes_of
 from alignkit.trainers.pooled import Pooled, PooledWindow
 from alignkit.trainers.ppo_callbacks import PPOEvent, call_event, reporting_callbacks, steps_per_rollout
 from alignkit.trainers.ppo_collect import collect_rollout
@@ -137,13 +136,7 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,
         )
         refuse_unsupported(self.accelerator, args)
-        self._passes = Passes(
-            self.bundle,
-            args,
-            cast(int, tokenizer.pad_token_id),
-            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
-            self.compute_loss_context_manager,
-        )
+        self._passes = passes_of(self)
         self._engine = build_engine(self.bundle, tokenizer, args, max(self.reports["train"].token_lengths["prompt"]))
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._sampler = RolloutSampler(len(prepared), args, process, processes)

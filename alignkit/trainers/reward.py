@@ -23,15 +23,14 @@ from alignkit.functional.reward import RewardLoss, bradley_terry
 from alignkit.models.bundle import REWARD, ModelBundle
 from alignkit.models.heads import SCORE
 from alignkit.models.reward_files import save_classifier, write_reward_card
-from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import (
-    Passes,
     accelerator_arguments,
     accumulate,
     count_rows,
+    passes_of,
     refuse_data_parallel,
     share_of_step,
 )
@@ -125,13 +124,7 @@ class RewardTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         refuse_data_parallel(args)
-        self._passes = Passes(
-            self.bundle,
-            args,
-            cast(int, tokenizer.pad_token_id),
-            forward_budget_tokens(self.bundle.base, args, self.accelerator.distributed_type),
-            self.compute_loss_context_manager,
-        )
+        self._passes = passes_of(self)
         shown = [reward_metrics, *([ensemble_metrics] if args.num_heads > 1 else [])]
         self._windows = {"train": RewardWindow(*shown), "eval": RewardWindow(*shown, uncertainty_metrics)}
         self._throughput = Throughput()

@@ -35,6 +35,7 @@ from alignkit.models.source import locate
 from alignkit.models.tokenizer import load_tokenizer, with_pad_token
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import EngineConfig
+from alignkit.trainers.passes import refuse_data_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -264,11 +265,7 @@ def check_devices(args: DPOConfig, *, is_fsdp: bool, has_reference: bool) -> Non
     Raises:
         ConfigError: DataParallel, or a reference that the sharding cannot serve.
     """
-    if args.n_gpu > 1:
-        raise ConfigError(
-            "several GPUs are visible to one process, which would mean DataParallel. Start one process per GPU "
-            "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
-        )
+    refuse_data_parallel(args)
     if is_deepspeed_zero3_enabled() and (has_reference or args.precompute_ref_log_probs):
         raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
     if is_fsdp and has_reference:

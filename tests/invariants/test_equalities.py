@@ -163,7 +163,7 @@ def test_coupled_losses_in_pieces(name: str, budget: int, tmp_path: Path) -> Non
     whole = steps(tmp_path, options)
     found = steps(tmp_path, {**options, "max_tokens_per_forward": budget})
     assert found[1].objective.couples_rows
-    assert len(found[1]._split(found[1].data_collator(list(found[1].train_dataset)))) > 2
+    assert len(found[1]._passes.split(found[1].data_collator(list(found[1].train_dataset)))) > 2
     assert_same_run(found, whole)
 
 
