@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from alignkit.trainers.ppo import PPOTrainer
 from alignkit.trainers.ppo_config import PPOConfig
 from tests.model_factory import tiny_model
 from tests.tiny_preferences import QUIET, character_tokenizer, lora, randomise_adapter, text_rows
 
+ARGUMENTS = ("model", "train_dataset", "eval_dataset", "callbacks", "ptx_dataset", "peft_config", "processing_class")
 TINY: dict[str, Any] = {
     **QUIET,
     "per_device_train_batch_size": 4,
@@ -49,7 +51,7 @@ def ppo_trainer(
         random: give adapters and value head seeded noise.
         **given: arguments of the trainer, or options of its configuration.
     """
-    names = ("model", "train_dataset", "eval_dataset", "callbacks", "ptx_dataset", "peft_config", "processing_class")
+    names = (*ARGUMENTS, "reward_processing_classes")
     arguments = {name: given.pop(name) for name in names if name in given}
     trainer = kind(
         **{
@@ -65,6 +67,17 @@ def ppo_trainer(
     if random:
         randomise_adapter(trainer.model)
     return trainer
+
+
+class Gradients(TrainerCallback):
+    """Keeps a copy of every step's gradients, where there are any; for runs with `max_grad_norm=0`."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+        self.steps.append({name: gradient.clone() for name, gradient in found.items() if gradient is not None})
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:

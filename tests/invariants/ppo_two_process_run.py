@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 
-from tests.ppo_factory import ppo_trainer, prompts, vowels, weights
-from tests.tiny_preferences import RecordGradients
+from tests.ppo_factory import Gradients, ppo_trainer, prompts, vowels, weights
 
 GLOBAL_BATCH = 8
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -41,7 +40,7 @@ def sometimes(completions: list[str], **columns: Any) -> list[float | None]:
 def run(folder: Path, options: dict[str, Any], processes: int) -> dict[str, Any]:
     """Train four steps and evaluate; return what every number of processes must agree on."""
     accumulation = options.get("gradient_accumulation_steps", 1) * options.get("num_mini_batches", 1)
-    recorder = RecordGradients()
+    recorder = Gradients()
     extra = {"ptx_dataset": TEXTS} if "ptx_coef" in options else {}
     trainer = ppo_trainer(
         folder / "run",

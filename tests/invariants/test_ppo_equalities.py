@@ -1,4 +1,4 @@
-"""What must be the same in PPO however it is computed: scored and trained, split and whole, shared and padded, by hand."""
+"""What must be the same in PPO however it is computed: scored or trained, split or whole, shared or padded, by hand."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_one_batch_equals_its_parts_in_any_layout(tmp_path: Path, objective: dic
 def test_an_own_critic_is_worth_what_the_trunk_is_where_their_weights_agree(tmp_path: Path):
     trunk = ppo_trainer(tmp_path)
     own = ppo_trainer(tmp_path, value_adapter=True)
-    values = {name: weight for name, weight in trunk.model.named_parameters()}
+    values = dict(trunk.model.named_parameters())
     with torch.no_grad():
         for name, weight in own.model.named_parameters():
             if weight.requires_grad:

@@ -1,4 +1,4 @@
-"""A PPO run for a process of its own: `python -m tests.trainers.ppo_run FOLDER [--resume CHECKPOINT] [--kill WHERE]`."""
+"""A PPO run for its own process: `python -m tests.trainers.ppo_run FOLDER [--resume CHECKPOINT] [--kill WHERE]`."""
 
 from __future__ import annotations
 

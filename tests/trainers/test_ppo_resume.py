@@ -196,7 +196,7 @@ def test_a_checkpoint_that_cannot_be_resumed_says_why(tmp_path: Path, whole: Pat
     broken = tmp_path / "checkpoint-8"
     shutil.copytree(whole / "checkpoint-8", broken)
     (broken / "value_head.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no value_head.safetensors: it is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"has no value_head\.safetensors: it is not a whole checkpoint"):
         trainer(tmp_path).train(str(broken))
     within = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=6)
     within.train()
