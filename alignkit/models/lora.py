@@ -142,9 +142,10 @@ class FusedForward(nn.Module):
 def merged_copies(model: nn.Module) -> Iterator[None]:
     """While this is open, forward passes without gradients run fused LoRA layers as one product with `W + s · B A`.
 
-    The sums are copies in the base's dtype: the base is not written to, and memory rises by one copy of the adapted
-    weights. They are made of the adapters' values at the start; a pass with gradients, with another adapter or with
-    none takes its usual way. 4-bit layers, and layers whose adapter is not plain LoRA, are left alone.
+    The sums are copies, rounded to the base's dtype (a 16-bit forward pass rounds by as much anyway): the base is not
+    written to, and memory rises by one copy of the adapted weights. They are made of the adapters' values at the
+    start; a pass with gradients, with another adapter or with none takes its usual way. 4-bit layers, and layers whose
+    adapter is not plain LoRA, are left alone.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FusedForward)]
     try:

@@ -126,6 +126,9 @@ class PPOTrainer(Trainer):
         check_component_names(self.rewards.names)
         warn_low_lora_learning_rate(args)
         save_at_rollouts(args)
+        # Every parameter has a part in every backward pass, and DDP's search for others takes each of two forward
+        # passes before one of those (policy and critic) for all there is.
+        args.ddp_find_unused_parameters = False
         super().__init__(
             model=self.bundle.model,
             args=args,
@@ -312,7 +315,7 @@ class PPOTrainer(Trainer):
             return metrics
         if dataset is None:
             raise ConfigError("there are no prompts to evaluate on: pass eval_dataset")
-        if "prompt_ids" not in dataset.column_names:
+        if not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
             dataset = self._prepare(dataset, "eval", tokenizer=self.processing_class, args=self.args)
         found = greedy_metrics(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

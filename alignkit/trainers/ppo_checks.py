@@ -52,6 +52,7 @@ REFUSED: dict[str, Refusal] = {
     "dataloader_persistent_workers": Refusal((False,), _NO_LOADER),
     "dataloader_multiprocessing_context": Refusal((None,), _NO_LOADER),
     "dataloader_in_order": Refusal((True,), _NO_LOADER),
+    "ddp_find_unused_parameters": Refusal((None, False), "every trained parameter has a part in every backward pass"),
     "prediction_loss_only": Refusal((False,), _NO_PREDICTIONS),
     "eval_accumulation_steps": Refusal((None,), _NO_PREDICTIONS),
     "eval_do_concat_batches": Refusal((True,), _NO_PREDICTIONS),

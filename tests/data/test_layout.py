@@ -77,6 +77,15 @@ def test_padded_table():
     assert layout.tokens == 20
 
 
+def test_padding_to_a_multiple():
+    layout = padded(PAIRS, PAD, multiple=4)
+    assert layout.input_ids.shape == (4, 8)
+    assert layout.input_ids[1].tolist() == [10, 11, 12, 30, PAD, PAD, PAD, PAD]
+    assert layout.attention_mask.sum(1).tolist() == [5, 4, 2, 4]
+    assert layout.input_ids.flatten()[layout.last_index].tolist() == [21, 30, 22, 33]
+    assert padded(PAIRS, PAD, multiple=5).input_ids.shape == (4, 5)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_losses_see_does_not_depend_on_the_layout(name):
     layout = LAYOUTS[name](PAIRS, PAD)

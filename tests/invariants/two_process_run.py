@@ -1,4 +1,4 @@
-"""A DPO run that one process or several can make: `python -m torch.distributed.run ... -m <this module> FOLDER`.
+"""A run that one process or several can make: `python -m torch.distributed.run ... -m <this module> FOLDER`.
 
 Every scenario trains on the same global batches, whatever the number of processes, and leaves its gradients, final
 adapter and logs in FOLDER.
@@ -15,6 +15,8 @@ from datasets import Dataset, disable_progress_bars
 
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
+from alignkit.trainers.reward import RewardTrainer
+from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
 from tests.tiny_preferences import (
     QUIET,
@@ -33,8 +35,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     # The KL estimate is a mean over all processes' rows, as in TRL.
     "kto": {"loss_type": "kto", "beta": 0.5},
     "kto in pieces": {"loss_type": "kto", "beta": 0.5, "max_tokens_per_forward": 40},
+    "reward": {"num_heads": 2, "center_rewards_coefficient": 0.1},
+    "reward in pieces": {"gradient_accumulation_steps": 2, "max_tokens_per_forward": 40},
 }
-LOGGED = ("loss", "grad_norm", "eval_loss")
+REWARD_METRICS = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "accuracy_low", "calibration_error")
+LOGGED = ("loss", "grad_norm", "eval_loss", *REWARD_METRICS, *(f"eval_{name}" for name in REWARD_METRICS))
 LOGGED_PREFIXES = ("rewards/", "logps/", "eval_rewards/", "eval_logps/")
 
 
@@ -48,7 +53,7 @@ def rows(count: int, *, seed: int, labelled: bool) -> Dataset:
     return Dataset.from_list(made)
 
 
-def run(folder: Path, options: dict[str, Any], processes: int) -> dict[str, Any]:
+def run(folder: Path, name: str, options: dict[str, Any], processes: int) -> dict[str, Any]:
     """Train two steps and evaluate; return what every number of processes must agree on."""
     accumulation = options.get("gradient_accumulation_steps", 1)
     labelled = options.get("loss_type") == "kto"
@@ -65,9 +70,10 @@ def run(folder: Path, options: dict[str, Any], processes: int) -> dict[str, Any]
         "logging_steps": 1,
         "use_cpu": True,
     }
-    trainer = DPOTrainer(
+    make, config = (RewardTrainer, RewardConfig) if name.startswith("reward") else (DPOTrainer, DPOConfig)
+    trainer = make(
         tiny_model("llama"),
-        args=DPOConfig(str(folder / "run"), **{**settings, **QUIET, **options}),
+        args=config(str(folder / "run"), **{**settings, **QUIET, **options}),
         train_dataset=rows(2 * GLOBAL_BATCH, seed=0, labelled=labelled),
         eval_dataset=rows(8, seed=1, labelled=labelled),
         processing_class=character_tokenizer(),
@@ -93,7 +99,7 @@ def main(folder: Path, processes: int) -> None:
     """Run every scenario; the first process saves the results."""
     disable_progress_bars()
     torch.set_num_threads(1)
-    results = {name: run(folder, options, processes) for name, options in SCENARIOS.items()}
+    results = {name: run(folder, name, options, processes) for name, options in SCENARIOS.items()}
     if processes == 1 or torch.distributed.get_rank() == 0:
         torch.save(results, folder / f"{processes}.pt")
 

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState
 from alignkit.data.layout import LAYOUTS
 from alignkit.errors import TrainingError
 from alignkit.models.adapters import add_adapter
-from alignkit.models.bundle import ModelBundle
+from alignkit.models.bundle import POLICY, ModelBundle
+from alignkit.models.heads import SCORE
 from alignkit.models.load import load_model, nf4
 from alignkit.models.lora import FUSED_LORA, dense_weight, is_4bit, is_quantized, keep_unpacked
+from alignkit.models.reward_adapter import reward_peft_config, with_reward_head
 from alignkit.trainers.callbacks_engine import LiveGradients
 from tests.pair_factory import PAD, gradients, lora_config, mixed, random_pairs, reset, trainable
 
@@ -204,3 +206,28 @@ def test_dead_gradients_stop_the_run(tiny_folder):
         guard.on_pre_optimizer_step(args, state, control, model=bundle.model)
     with pytest.raises(TrainingError, match="step 1: every gradient has been exactly zero for 3 steps"):
         guard.on_pre_optimizer_step(args, state, control, model=bundle.model)
+
+
+def test_a_reward_head_trains_on_a_4_bit_base_before_and_after_inference(tiny_folder):
+    base = with_reward_head(four_bit_base(tiny_folder), 2)
+    model = add_adapter(base, reward_peft_config(lora_config()), custom_modules=FUSED_LORA)
+    reset(model)
+    bundle = ModelBundle(model, heads={POLICY: SCORE})
+    bundle.use_row_attention()
+
+    def rewards() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        bundle.model.train()
+        found = bundle.values(LAYOUT, LAYOUT.last_index)
+        mixed(found.flatten()).backward()
+        return found.detach(), gradients(bundle.model)
+
+    before, grads = rewards()
+    assert before.shape == (6, 2)
+    assert any(SCORE in name for name in grads)
+    assert all(gradient.abs().max() > 0 for gradient in grads.values())
+    bundle.model.eval()
+    with torch.no_grad():
+        bundle.values(LAYOUT, LAYOUT.last_index)
+    after, grads_after = rewards()
+    assert torch.equal(after, before)
+    assert all(torch.equal(grads_after[name], gradient) for name, gradient in grads.items())

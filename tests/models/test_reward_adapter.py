@@ -108,6 +108,18 @@ def test_an_adapter_on_other_layers_fits_too(base_folder, saved):
     torch.testing.assert_close(bundle.values(LAYOUT, LAYOUT.last_index, role=REWARD), saved[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_shared_reward_is_frozen_and_without_dropout(base_folder, tmp_path):
+    reward_model(load_base(base_folder), lora_config(lora_dropout=0.5)).save_pretrained(tmp_path / "dropping")
+    bundle = policy_bundle(base_folder)
+    bundle.add_reward_adapter(tmp_path / "dropping")
+    bundle.model.train()
+    first, second = (bundle.values(LAYOUT, LAYOUT.last_index, role=REWARD) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    mixed(bundle.score(LAYOUT).logps).backward()
+    assert all(".default." in name for name, parameter in bundle.model.named_parameters() if parameter.grad is not None)
+
+
 def test_two_reward_adapters_have_a_head_each(base_folder, saved, tmp_path):
     other = reward_model(load_base(base_folder))
     fill_adapter(other, seed=9, scale=0.2)

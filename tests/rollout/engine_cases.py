@@ -28,8 +28,8 @@ def random_prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
     return [torch.randint(5, 127, (length,), generator=generator).tolist() for length in lengths]
 
 
-# Longer and shorter than the sliding window, two of one length, one of a single token.
-PROMPTS = random_prompts(3, 14, 9, 14, 1, 20)
+# Longer and shorter than the sliding window, two of one length, two of similar length, one of a single token.
+PROMPTS = random_prompts(3, 14, 9, 12, 1, 20, 14)
 
 
 def greedy_seeds(prompts: list[list[int]]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from tests.pair_factory import lora_config, our_bundle
 from tests.rollout.engine_cases import EOS, GREEDY, PROMPTS, SAMPLED, greedy_seeds, letter_tokenizer
 
 # Several completions of a prompt, also of one with a single token.
-SEEDS = [[1, 2, 3], [4], [5, 6], [7], [8, 9], [10]]
+SEEDS = [[1, 2, 3], [4], [5, 6], [7], [8, 9], [10], [11]]
 CACHE = {"max_cache_tokens": 512, "page_tokens": 16, "max_batch_tokens": 64}
 
 
@@ -33,11 +33,11 @@ def test_completions_equal_those_of_the_decode_loop(architecture, tokenizer):
     bundle.use_row_attention()
     expected = HFEngine(bundle.model, tokenizer).generate(PROMPTS, SEEDS, SAMPLED)
     engine = ContinuousEngine(bundle.model, tokenizer, **CACHE)
-    state = torch.random.get_rng_state()
+    state, threads = torch.random.get_rng_state(), threading.active_count()
     assert engine.generate(PROMPTS, SEEDS, SAMPLED) == expected
     assert torch.equal(torch.random.get_rng_state(), state)
     assert bundle.attention_implementation == "alignkit"
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
 
 
 def test_greedy_and_adapters_and_modes(tokenizer):
@@ -78,11 +78,11 @@ def test_the_cache_has_the_size_that_was_asked_for(tokenizer, monkeypatch):
 def test_ends_lengths_and_stop_strings(tokenizer):
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [EOS, *range(40, 60)]
-    sampling = Sampling(max_new_tokens=8, min_new_tokens=3, temperature=1.4, stop_strings=("a", "bc", "Z"))
+    sampling = Sampling(max_new_tokens=8, min_new_tokens=4, temperature=1.4, stop_strings=("a", "bc", "Z"))
     expected = HFEngine(model, tokenizer).generate(PROMPTS, SEEDS, sampling)
     assert {completion.finished for completion in expected} == {True, False}
     free = HFEngine(model, tokenizer).generate(PROMPTS, SEEDS, dataclasses.replace(sampling, min_new_tokens=0))
-    assert min(len(completion.ids) for completion in free) < 3 <= min(len(completion.ids) for completion in expected)
+    assert min(len(completion.ids) for completion in free) < 4 <= min(len(completion.ids) for completion in expected)
     assert ContinuousEngine(model, tokenizer, **CACHE).generate(PROMPTS, SEEDS, sampling) == expected
 
 
@@ -90,12 +90,12 @@ def test_a_failure_is_an_error_and_leaves_the_model_as_it_was(tokenizer):
     model = tiny_model("llama").train()
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = torch.nan
-    before = model.config._attn_implementation
+    before, threads = model.config._attn_implementation, threading.active_count()
     with pytest.raises(TrainingError, match=r"continuous batching failed: .*not finite"):
         ContinuousEngine(model, tokenizer, **CACHE).generate(PROMPTS, SEEDS, SAMPLED)
     assert all(module.training for module in model.modules())
     assert model.config._attn_implementation == before
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(

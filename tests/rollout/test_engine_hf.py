@@ -86,7 +86,7 @@ def test_recurrent_models_go_through_transformers_generate(architecture, tokeniz
     expected = [own_generate(model, [prompt], GREEDY.max_new_tokens)[0] for prompt in PROMPTS]
     assert found == expected
     alone = HFEngine(model, tokenizer).generate([PROMPTS[3]], [[8]], SAMPLED)
-    together = HFEngine(model, tokenizer).generate(PROMPTS, [[1], [2, 3], [4], [7, 8], [5], [6]], SAMPLED)
+    together = HFEngine(model, tokenizer).generate(PROMPTS, [[1], [2, 3], [4], [7, 8], [5], [6], [9]], SAMPLED)
     assert together[5] == alone[0]
     assert together[4] != alone[0]
 

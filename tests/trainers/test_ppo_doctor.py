@@ -1,11 +1,8 @@
-"""The PPO doctor: each diagnosis on a history that shows it and on healthy ones, and what the doctor does about it."""
+"""The PPO doctor at work: what it says and when, what it does, and that a resumed run does the same."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,161 +14,10 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from alignkit.errors import ConfigError
 from alignkit.trainers.ppo_config import PPOConfig
-from alignkit.trainers.ppo_diagnosis import DIAGNOSES, diagnose
 from alignkit.trainers.ppo_doctor import PPODoctor, finished_records, last_checkpoint_before, lower_rate
+from tests.trainers.ppo_histories import CASES
 
 STEPS = 4  # optimizer steps per rollout
-Rows = list[dict[str, float]]
-
-
-def healthy(count: int) -> Rows:
-    """A run that learns: the score rises, KL and explained variance too, entropy falls a little."""
-    return [
-        {
-            "objective/kl": 0.1 + 6 * i / count + 0.1 * (-1) ** i,
-            "objective/scores": 2 * i / count + 0.2 * (-1) ** i,
-            "objective/scores_std": 1.0 - 0.3 * i / count,
-            "policy/approxkl_avg": 0.004,
-            "policy/clipfrac_avg": 0.08,
-            "policy/entropy_avg": 1.5 - 0.5 * i / count,
-            "val/ratio": 1.01,
-            "val/explained_variance": -0.5 + min(i, 8) * 0.1,
-            "completions/eos_rate": 0.6 + 0.2 * i / count,
-            "completions/mean_length": 30 - 5 * i / count,
-            "rewards/length_correlation": 0.3,
-            "rewards/ensemble_std": 0.2 + 0.05 * i / count,
-        }
-        for i in range(count)
-    ]
-
-
-def changed(count: int = 40, last: int | None = None, **values: Any) -> Rows:
-    """A healthy run with metrics (`__` for `/`) changed in its last rollouts, by number or by function of the index."""
-    rows = healthy(count)
-    begin = 0 if last is None else count - last
-    for i in range(begin, count):
-        for name, value in values.items():
-            rows[i][name.replace("__", "/")] = value(i) if callable(value) else value
-    return rows
-
-
-# Name of the diagnosis: a history that shows it, and one that nearly does.
-CASES: dict[str, tuple[Rows, Rows]] = {
-    "negative KL": (changed(last=3, objective__kl=-0.5), changed(last=2, objective__kl=-0.5)),
-    "KL blow-up": (changed(last=2, objective__kl=31.0), changed(last=1, objective__kl=12.0)),
-    "updates too large": (changed(last=2, policy__approxkl_avg=0.11), changed(last=1, policy__approxkl_avg=0.5)),
-    "clip fraction too high": (changed(last=3, policy__clipfrac_avg=0.4), changed(last=2, policy__clipfrac_avg=0.4)),
-    "standstill": (
-        changed(12, last=5, policy__clipfrac_avg=0.0, policy__approxkl_avg=0.0, objective__kl=0.001),
-        changed(12, policy__clipfrac_avg=0.0, policy__approxkl_avg=0.0),  # one step per rollout, and it learns
-    ),
-    "dead critic": (changed(10, last=5, val__explained_variance=-0.1), changed(9, val__explained_variance=-0.1)),
-    "entropy collapse": (changed(last=3, policy__entropy_avg=0.3), changed(last=3, policy__entropy_avg=0.6)),
-    "completions do not end": (changed(last=3, completions__eos_rate=0.0), changed(last=2, completions__eos_rate=0.0)),
-    "empty answers": (
-        changed(last=3, completions__eos_rate=1.0, completions__mean_length=1.0),
-        changed(completions__eos_rate=1.0, completions__mean_length=1.0),  # one token was the task from the start
-    ),
-    "length hacking": (
-        changed(completions__mean_length=lambda i: 20 + i, rewards__length_correlation=0.7),
-        changed(completions__mean_length=lambda i: 20 + i),  # it grows, and is not paid for
-    ),
-    "reward spread gone": (changed(last=3, objective__scores_std=0.05), changed(last=3, objective__scores_std=0.3)),
-    "reward hacking": (
-        changed(rewards__ensemble_std=lambda i: 0.2 + 0.02 * i),
-        changed(rewards__ensemble_std=lambda i: 0.2 + 0.02 * i, objective__scores=lambda i: 0.1 * (-1) ** i)[:20],
-    ),
-    "no learning": (
-        changed(30, objective__scores=lambda i: 0.1 * (-1) ** i),
-        changed(29, objective__scores=lambda i: 0.1 * (-1) ** i),
-    ),
-}
-OTHER_SIGNS = {
-    "a sudden KL": ("KL blow-up", changed(last=1, objective__kl=26.0)),
-    "a ratio far from 1": ("updates too large", changed(last=2, val__ratio=0.85)),
-    "a ratio far from 1, above": ("updates too large", changed(last=2, val__ratio=1.15)),
-}
-
-
-def names(history: Rows) -> list[str]:
-    return [finding.name for finding in diagnose(history)]
-
-
-def test_every_diagnosis_has_a_case():
-    assert list(CASES) == [diagnosis.name for diagnosis in DIAGNOSES]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_history_that_shows_it_gets_this_diagnosis_alone(name):
-    sick, nearly = CASES[name]
-    assert names(sick) == [name]
-    assert names(nearly) == []
-
-
-@pytest.mark.parametrize("case", OTHER_SIGNS)
-def test_other_signs_of_the_same(case):
-    name, history = OTHER_SIGNS[case]
-    assert names(history) == [name]
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 6, 10, 20, 40, 400])
-def test_a_healthy_run_gets_none_at_any_time(count):
-    history = healthy(count)
-    for length in range(count + 1):
-        assert names(history[:length]) == []
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_said_of_metrics_that_are_missing(name):
-    """Without a critic, an ensemble, or reports of completions."""
-    sick, _ = CASES[name]
-    for missing in {key for row in sick for key in row}:
-        assert set(names([{key: value for key, value in row.items() if key != missing} for row in sick])) <= {name}
-    assert names([{} for _ in sick]) == []
-
-
-def test_a_metric_that_some_rollouts_lack_is_judged_by_the_others():
-    rows = changed(last=6, val__explained_variance=-0.1)
-    del rows[-2]["val/explained_variance"]
-    assert names(rows) == ["dead critic"]
-
-
-def test_numbers_that_are_not_finite_are_no_finding():
-    assert names(changed(last=5, **dict.fromkeys(("objective__kl", "policy__entropy_avg"), float("nan")))) == []
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_findings_say_what_to_change(name):
-    (finding,) = diagnose(CASES[name][0])
-    options = {option.name for option in fields(PPOConfig)}
-    assert set(re.findall(r"\w+", finding.remedy)) & options
-    written = set(re.findall(r"(\w+)(?:=|: )", finding.remedy))
-    assert all(word in options for word in written if "_" in word or word in ("temperature", "gamma")), written
-    assert finding.explanation.endswith(".")
-    assert finding.remedy.endswith(".")
-    assert re.search(r"\d", finding.evidence)
-    assert 1 <= finding.rollouts <= 10
-
-
-def test_values_that_remedies_give_are_ones_that_the_config_takes(tmp_path):
-    text = " ".join(diagnosis.remedy for diagnosis in DIAGNOSES)
-    for name, value in re.findall(r"(\w+)=([\w.']+[\w'])", text):
-        options: dict[str, Any] = {name: json.loads(value.replace("'", '"').replace("True", "true"))}
-        if name == "overlong_penalty":
-            options["overlong_buffer_tokens"] = 13
-        if name == "advantage_estimator":
-            options["num_generations"] = 2
-        PPOConfig(str(tmp_path), report_to=[], bf16=False, **options)
-
-
-def test_evidence_has_the_numbers():
-    (finding,) = diagnose(changed(last=3, objective__kl=-0.5))
-    assert finding.evidence == "objective/kl was -0.5, -0.5, -0.5 nats in the last 3 rollouts"
-    (finding,) = diagnose(changed(last=3, policy__entropy_avg=0.3))
-    assert finding.evidence == "policy/entropy_avg went from 1.49 at the start to 0.3 nats over the last 3 rollouts"
-
-
-# --- the doctor at work ---
 
 
 class Run:

@@ -1,0 +1,85 @@
+"""Tiny PPO runs for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from alignkit.trainers.ppo import PPOTrainer
+from alignkit.trainers.ppo_config import PPOConfig
+from tests.model_factory import tiny_model
+from tests.tiny_preferences import QUIET, character_tokenizer, lora, randomise_adapter, text_rows
+
+ARGUMENTS = ("model", "train_dataset", "eval_dataset", "callbacks", "ptx_dataset", "peft_config", "processing_class")
+TINY: dict[str, Any] = {
+    **QUIET,
+    "per_device_train_batch_size": 4,
+    "num_ppo_epochs": 1,
+    "max_completion_length": 7,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-4,  # keeps rounding noise from becoming whole steps
+    "max_steps": 1,
+    "max_tokens_per_forward": None,
+    "activation_checkpointing": False,
+    "use_cpu": True,
+}
+
+
+def vowels(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that a reader can check: the share of vowels, and a little for length."""
+    return [sum(letter in "aeiouAEIOU" for letter in text) + 0.1 * len(text) for text in completions]
+
+
+def prompts(count: int = 16, seed: int = 0) -> Dataset:
+    """Prompts of different lengths."""
+    return Dataset.from_list([{"prompt": row["prompt"]} for row in text_rows(count, seed=seed)])
+
+
+def ppo_trainer(
+    folder: Path, reward: Any = vowels, *, kind: type[PPOTrainer] = PPOTrainer, random: bool = True, **given: Any
+) -> PPOTrainer:
+    """A trainer whose policy, critic and reference differ from the start.
+
+    Args:
+        folder: where it writes.
+        reward: what rewards.
+        kind: which class.
+        random: give adapters and value head seeded noise.
+        **given: arguments of the trainer, or options of its configuration.
+    """
+    names = (*ARGUMENTS, "reward_processing_classes")
+    arguments = {name: given.pop(name) for name in names if name in given}
+    trainer = kind(
+        **{
+            "model": tiny_model("llama"),
+            "reward_funcs": reward,
+            "args": PPOConfig(str(folder), **{**TINY, **given}),
+            "train_dataset": prompts(),
+            "processing_class": character_tokenizer(),
+            "peft_config": lora(),
+            **arguments,
+        }
+    )
+    if random:
+        randomise_adapter(trainer.model)
+    return trainer
+
+
+class Gradients(TrainerCallback):
+    """Keeps a copy of every step's gradients, where there are any; for runs with `max_grad_norm=0`."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+        self.steps.append({name: gradient.clone() for name, gradient in found.items() if gradient is not None})
+
+
+def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """A copy of everything trainable."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,229 @@
+"""A PPO run that stops anywhere goes on as if it had not; what lies in its folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from alignkit.errors import CheckpointError, ConfigError
+from alignkit.models.adapters import peft_warnings
+from tests.model_factory import tiny_model
+from tests.ppo_factory import ppo_trainer, prompts, weights
+from tests.trainers import ppo_run
+from tests.trainers.ppo_run import trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+# Clock, throughput and memory.
+TIMED = ("_per_second", "runtime", "peak_memory_bytes", "total_flos", "train_loss")
+FILES = ("adapter_model.safetensors", "value/adapter_model.safetensors", "value_head.safetensors")
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{k: v for k, v in entry.items() if not any(part in k for part in TIMED)} for entry in log]
+
+
+def equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def differences(found: Path, expected: Path) -> list[str]:
+    """Names of what differs in two checkpoints."""
+    differing = [name for name in FILES if not equal(load_file(found / name), load_file(expected / name))]
+    for name in ("optimizer.pt", "scheduler.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (found, expected)]
+        differing += [] if equal(*states) else [name]
+    states = [json.loads((folder / "ppo_state.json").read_text()) for folder in (found, expected)]
+    for state in states:
+        state["window"].pop("completions/tokens_per_second", None)
+    differing += [] if equal(*states) else ["ppo_state.json"]
+    return differing + ([] if history(found) == history(expected) else ["log_history"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder).train()
+    return folder
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, whole: Path):
+    trainer(tmp_path).train(str(whole / "checkpoint-8"))
+    assert differences(tmp_path / "checkpoint-16", whole / "checkpoint-16") == []
+    assert [entry["step"] for entry in history(tmp_path / "checkpoint-16")] == [3, 6, 9, 12, 15]
+    state = json.loads((whole / "checkpoint-16" / "ppo_state.json").read_text())
+    assert state["kl_coef"] != ppo_run.OPTIONS.get("kl_coef", 0.05)
+    assert state["moments"]["count"] == 4 * 4 * 2
+    assert state["window"]["loss"]["sums"][1] == 1  # step 16 is not logged yet
+
+
+def test_what_is_not_restored_would_be_seen(tmp_path: Path, whole: Path):
+    changed = tmp_path / "checkpoint-12"
+    shutil.copytree(whole / "checkpoint-12", changed)
+    for edit in ("kl_coef", "moments", "window", "value_head"):
+        state = json.loads((whole / "checkpoint-12" / "ppo_state.json").read_text())
+        head = load_file(whole / "checkpoint-12" / "value_head.safetensors")["weight"]
+        if edit == "kl_coef":
+            state["kl_coef"] *= 1.5
+        elif edit == "moments":
+            state["moments"]["mean"] += 1.0
+        elif edit == "window":
+            state["window"] = {}
+        else:
+            head = head * 1.1
+        (changed / "ppo_state.json").write_text(json.dumps(state))
+        save_file({"weight": head}, changed / "value_head.safetensors")
+        trainer(tmp_path / edit, max_steps=16).train(str(changed))
+        assert differences(tmp_path / edit / "checkpoint-16", whole / "checkpoint-16") != [], edit
+
+
+def run(*arguments: Any) -> int:
+    command = [sys.executable, "-m", ppo_run.__name__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-4000:]
+    return done.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rollout", "minibatch", "epoch"])
+def test_a_killed_process_goes_on(tmp_path: Path, whole: Path, where: str):
+    assert run(tmp_path, "--kill", where) == -signal.SIGKILL
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert run(tmp_path, "--resume", "latest") == 0
+    assert differences(tmp_path / "checkpoint-16", whole / "checkpoint-16") == []
+
+
+def test_a_checkpoint_holds_every_adapter_and_the_root_the_policy_alone(tmp_path: Path):
+    mine = tmp_path / "value" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    made = ppo_trainer(
+        tmp_path, value_adapter=True, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=2
+    )
+    made.train()
+    made.save_model()
+    assert mine.read_text() == "kept"
+    assert [path.name for path in (tmp_path / "value").iterdir()] == ["mine.txt"]
+    root = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name and "value" not in name for name in root)
+    found = weights(made)
+    for name, tensor in root.items():
+        assert torch.equal(found[name.replace(".weight", ".default.weight")], tensor)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {"adapter_model.safetensors", "value_head.safetensors", "ppo_state.json", "optimizer.pt"} <= {
+        path.name for path in (tmp_path / "checkpoint-2").iterdir()
+    }
+    assert (tmp_path / "checkpoint-2" / "value" / "adapter_model.safetensors").is_file()
+
+
+def test_both_adapters_train_on_after_a_resume(tmp_path: Path, whole: Path):
+    resumed = trainer(tmp_path, max_steps=12)
+    resumed.train(str(whole / "checkpoint-8"))
+    saved = load_file(whole / "checkpoint-8" / "value" / "adapter_model.safetensors")
+    found = weights(resumed)
+    assert all(
+        not torch.equal(found[name.replace(".weight", ".value.weight")], tensor) for name, tensor in saved.items()
+    )
+
+
+def test_the_best_model_has_its_own_critic(tmp_path: Path):
+    levels = {1: 1.0, 2: 5.0, 3: 2.0}  # by step, the rewards that evaluations are told
+
+    def told(completions: list[str], held_out: list[bool], trainer_state: Any, **columns: Any) -> list[float]:
+        return [
+            levels[trainer_state.global_step] if held else float(len(text))
+            for text, held in zip(completions, held_out, strict=True)
+        ]
+
+    made = ppo_trainer(
+        tmp_path,
+        told,
+        train_dataset=prompts().add_column("held_out", [False] * 16),
+        eval_dataset=prompts(3, seed=5).add_column("held_out", [True] * 3),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        max_steps=3,
+        value_adapter=True,
+    )
+    assert made.args.metric_for_best_model == "reward"
+    made.train()
+    best = tmp_path / "checkpoint-2"
+    assert made.state.best_model_checkpoint == str(best)
+    found = weights(made)
+    assert torch.equal(found["base_model.model.value.weight"], load_file(best / "value_head.safetensors")["weight"])
+    for folder, adapter in ((best, "default"), (best / "value", "value")):
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+            assert torch.equal(found[name.replace(".weight", f".{adapter}.weight")], tensor)
+    last = load_file(tmp_path / "checkpoint-3" / "value_head.safetensors")["weight"]
+    assert not torch.equal(found["base_model.model.value.weight"], last)
+
+
+def test_saving_is_rounded_to_rollouts(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    options = {"num_ppo_epochs": 4, "save_strategy": "steps", "eval_strategy": "steps", "max_steps": 8}
+    made = ppo_trainer(
+        tmp_path, save_steps=6, eval_steps=3, eval_dataset=prompts(2), load_best_model_at_end=True, **options
+    )
+    assert (made.args.save_steps, made.args.eval_steps) == (8, 8)
+    assert "save_steps=6 becomes 8" in caplog.text
+    with pytest.raises(ConfigError, match=r"save_steps=0\.1: give a number of optimizer steps, a multiple of 4"):
+        ppo_trainer(tmp_path, num_ppo_epochs=4, save_strategy="steps", save_steps=0.1)
+
+
+def test_a_checkpoint_that_cannot_be_resumed_says_why(tmp_path: Path, whole: Path):
+    broken = tmp_path / "checkpoint-8"
+    shutil.copytree(whole / "checkpoint-8", broken)
+    (broken / "value_head.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no value_head\.safetensors: it is not a whole checkpoint"):
+        trainer(tmp_path).train(str(broken))
+    within = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=6)
+    within.train()
+    again = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=8)
+    with pytest.raises(CheckpointError, match="step 6, within a rollout of 4 optimizer steps"):
+        again.train(True)
+    again.train(str(tmp_path / "within" / "checkpoint-4"))
+    assert again.state.global_step == 8
+
+
+def test_a_run_that_continues_an_adapter_keeps_its_reference(tmp_path: Path):
+    first = ppo_trainer(tmp_path / "first", max_steps=1)
+    first.train()
+    first.save_model()
+    with peft_warnings():
+        policy = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "first"), is_trainable=True)
+    second = ppo_trainer(
+        tmp_path / "second",
+        model=policy,
+        peft_config=None,
+        random=False,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    second.train()
+    assert second.state.log_history[0]["objective/kl"] == 0.0
+    assert second.state.log_history[1]["objective/kl"] != 0.0
+    reference = load_file(tmp_path / "second" / "checkpoint-2" / "reference" / "adapter_model.safetensors")
+    assert equal(reference, load_file(tmp_path / "first" / "adapter_model.safetensors"))
