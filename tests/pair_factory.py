@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from alignkit.data.layout import Pairs
-from alignkit.models.adapters import add_adapter, disable_dropout
+from alignkit.models.adapters import add_adapter
 from alignkit.models.bundle import ModelBundle
 from alignkit.models.lora import FUSED_LORA
 from tests.model_factory import tiny_model
@@ -83,9 +83,8 @@ def lora_config(**settings) -> LoraConfig:
 
 
 def our_model(architecture: str = "llama", config: LoraConfig | None = None, **overrides) -> PeftModel:
-    """A tiny model with fused LoRA and without dropout, as a trainer makes it, its adapter away from zero."""
+    """A tiny model with fused LoRA, its adapter away from zero."""
     model = add_adapter(tiny_model(architecture, **overrides), config or lora_config(), custom_modules=FUSED_LORA)
-    disable_dropout(model)
     torch.manual_seed(0)
     reset(model)
     return model
