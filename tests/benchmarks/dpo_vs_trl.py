@@ -88,8 +88,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run_module(module: str, *arguments: str, threads: int) -> str:
-    """Run a module of this folder in a fresh process without a GPU or a network; return what it printed.
+def run_module(module: str, *arguments: str, threads: int, python: str = sys.executable) -> str:
+    """Run a module of this folder in a fresh process of `python` without a GPU or a network; return what it printed.
 
     Raises:
         RuntimeError: it failed; the message ends with its last lines.
@@ -103,7 +103,7 @@ def run_module(module: str, *arguments: str, threads: int) -> str:
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [python, "-m", module, *arguments],
         cwd=ROOT,
         env=variables,
         capture_output=True,

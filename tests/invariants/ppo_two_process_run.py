@@ -32,9 +32,9 @@ LOGGED_PREFIXES = ("objective/", "policy/", "rewards/", "val/explained", "val/cl
 
 
 def sometimes(completions: list[str], **columns: Any) -> list[float | None]:
-    """No reward for completions of an odd number of letters."""
+    """No reward for some completions; never for all of a process's."""
     rewards = vowels(completions)
-    return [reward if len(text) % 2 == 0 else None for text, reward in zip(completions, rewards, strict=True)]
+    return [reward if len(text) % 5 else None for text, reward in zip(completions, rewards, strict=True)]
 
 
 def run(folder: Path, options: dict[str, Any], processes: int) -> dict[str, Any]:
