@@ -12,7 +12,9 @@ Real models, an ensemble of heads, your own file:
 Every field of ScriptArguments, ModelArguments and RewardConfig is an option; `--help` lists them.
 
 The result is an adapter for transformers' sequence classifiers, and a reward that a policy on the same base can be
-trained against. Left out here: several objectives, rewards for single steps of an answer, and publishing.
+trained against.
+
+Left out here: several objectives, rewards for single steps of an answer, and publishing.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from tests.model_factory import tiny_model
 from tests.tiny_preferences import QUIET, character_tokenizer, lora, randomise_adapter, text_rows
 
 ARGUMENTS = ("model", "train_dataset", "eval_dataset", "callbacks", "ptx_dataset", "peft_config", "processing_class")
+QUIET_LOSS = {"vf_coef": 0.0, "kl_coef": 0.0, "whiten_advantages": False}
 TINY: dict[str, Any] = {
     **QUIET,
     "per_device_train_batch_size": 4,
@@ -83,3 +84,27 @@ class Gradients(TrainerCallback):
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     """A copy of everything trainable."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def nothing(completions: list[str], **columns: Any) -> list[float]:
+    """A reward of 0 for everything."""
+    return [0.0] * len(completions)
+
+
+def restore(trainer: PPOTrainer, start: dict[str, torch.Tensor]) -> None:
+    """Set trainable parameters back to `start`, by name."""
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in start:
+                parameter.copy_(start[name])
+
+
+def plain_logps(trainer: PPOTrainer, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
+    """Log-probs of `answer`, `(T,)`, from the model's own logits."""
+    logits = trainer.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def lora_gradients(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """Gradients of the adapters, by name."""
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in name}

@@ -40,9 +40,9 @@ from alignkit.trainers.ppo_setup import (
     build_actor_critic,
     build_engine,
     build_rewards,
+    fit_to_rollouts,
     refuse_unsupported,
     sampling_of,
-    save_at_rollouts,
 )
 from alignkit.trainers.ppo_state import (
     PPOState,
@@ -125,10 +125,7 @@ class PPOTrainer(Trainer):
         self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
         check_component_names(self.rewards.names)
         warn_low_lora_learning_rate(args)
-        save_at_rollouts(args)
-        # Every parameter has a part in every backward pass, and DDP's search for others takes each of two forward
-        # passes before one of those (policy and critic) for all there is.
-        args.ddp_find_unused_parameters = False
+        fit_to_rollouts(args)
         super().__init__(
             model=self.bundle.model,
             args=args,
@@ -150,7 +147,7 @@ class PPOTrainer(Trainer):
         self._is_stopped = False  # the rest of this rollout's steps is skipped
         self._content: dict[str, Any] = {}  # of the checkpoint that is being written
         self._throughput = Throughput()
-        for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks()):
+        for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))

@@ -14,8 +14,8 @@ from alignkit.rollout.collect import AdvantageRule, Rollout, advantages_of, scor
 from alignkit.trainers.pooled import Pooled
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_data import take_prompts
-from alignkit.trainers.ppo_metrics import rollout_metrics
-from alignkit.trainers.ppo_setup import reward_shaping
+from alignkit.trainers.ppo_metrics import ensemble_metrics, rollout_metrics
+from alignkit.trainers.ppo_setup import reward_shaping, spreads
 from alignkit.trainers.ppo_state import gathered, pooled_moments
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
         seconds=seconds,
     )
     trainer.event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
-    metrics |= rollout_metrics(rollout, kl_coef=rule.kl_coef)
+    metrics |= rollout_metrics(rollout, kl_coef=rule.kl_coef) | ensemble_metrics(spreads(trainer.rewards))
     trainer.event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=state.kl_coef, moments=moments)
     state.window.add(metrics)
     if args.kl_target is not None:

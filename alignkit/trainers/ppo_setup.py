@@ -130,12 +130,17 @@ def build_rewards(
     return mix
 
 
-def save_at_rollouts(args: PPOConfig) -> None:
-    """Round `save_steps` up to whole rollouts: between two optimizer steps of one, its episodes are state too.
+def fit_to_rollouts(args: PPOConfig) -> None:
+    """Set what rollouts ask of Trainer.
+
+    `save_steps` is rounded up to whole rollouts: between two optimizer steps of one, its episodes are state too. DDP
+    does not look for unused parameters: every one has a part in every backward pass, and the search takes each of two
+    forward passes (policy and critic) for all there is.
 
     Raises:
         ConfigError: `save_steps` as a fraction of a run whose length is not known yet.
     """
+    args.ddp_find_unused_parameters = False
     steps = steps_per_rollout(args)
     if args.save_strategy != "steps" or args.save_steps % steps == 0:
         return
@@ -248,3 +253,9 @@ class AdapterReward:
         self.spread = rewards.std(dim=1, correction=0) if self.outputs > 1 else None
         values = rewards.mean(dim=1, keepdim=True)
         return ComponentScores(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def spreads(mix: RewardMix) -> list[Tensor]:
+    """How far the heads of each reward adapter disagreed about each completion of the last call, `(B,)` each."""
+    adapters = [source for source in mix.sources if isinstance(source, AdapterReward)]
+    return [source.spread for source in adapters if source.spread is not None]
