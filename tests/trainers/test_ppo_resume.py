@@ -76,11 +76,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, whole: Path):
 
 
 def test_what_is_not_restored_would_be_seen(tmp_path: Path, whole: Path):
-    changed = tmp_path / "checkpoint-12"
-    shutil.copytree(whole / "checkpoint-12", changed)
+    changed = tmp_path / "checkpoint-8"
+    shutil.copytree(whole / "checkpoint-8", changed)
     for edit in ("kl_coef", "moments", "window", "value_head"):
-        state = json.loads((whole / "checkpoint-12" / "ppo_state.json").read_text())
-        head = load_file(whole / "checkpoint-12" / "value_head.safetensors")["weight"]
+        state = json.loads((whole / "checkpoint-8" / "ppo_state.json").read_text())
+        head = load_file(whole / "checkpoint-8" / "value_head.safetensors")["weight"]
         if edit == "kl_coef":
             state["kl_coef"] *= 1.5
         elif edit == "moments":
