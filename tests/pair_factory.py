@@ -32,6 +32,15 @@ def random_pairs(lengths: tuple[tuple[int, int, int], ...] = LENGTHS, seed: int 
     return Pairs(torch.randint(5, 127, (total,), generator=generator), torch.tensor(lengths))
 
 
+def pairs_with_a_shared_start() -> Pairs:
+    """Pairs whose prompts all begin with the same ids, as those under one system prompt do."""
+    lengths = ((14, 5, 9), (12, 1, 12), (17, 7, 1))
+    parts = random_pairs(lengths).parts()
+    shared = parts[0][0][:11]
+    parts = [(torch.cat([shared, prompt[11:]]), *tails) for prompt, *tails in parts]
+    return Pairs(torch.cat([ids for group in parts for ids in group]), torch.tensor(lengths))
+
+
 def random_rows(count: int, seed: int = 0, longest: int = 7) -> list[dict[str, list[int]]]:
     """Tokenised rows as `DPOTrainer` takes them."""
     draw = random.Random(seed)

@@ -4,7 +4,8 @@ A group is one prompt and the C completions that continue it: a preference pair 
 rollout, or a single episode. Three layouts carry the same tokens to the same losses:
 
 - `prefix_shared`: one row, `[prompt | completion | completion ...]` group after group. The positions of every
-  completion restart at the prompt's end. No padding, no token twice.
+  completion restart at the prompt's end. What all prompts begin with (a system prompt) stands on the row once, in the
+  first group's prompt, and the others continue it. No padding, no token twice.
 - `packed`: one row, `[prompt | completion] [prompt | completion] ...`. For models in which a sequence cannot branch.
 - `padded`: one sequence per row, a group's completions one after another, padded on the right. What every model
   understands.
@@ -26,13 +27,21 @@ from torch import Tensor
 from alignkit.errors import ConfigError, nearest
 from alignkit.functional.preference import PairTokens
 
+# A start that all prompts of a batch share is laid out once if it has this many tokens: gathering the keys of shorter
+# ones costs what computing them again would.
+SHARED_START_TOKENS = 8
+
 
 class Block(NamedTuple):
-    """One prefix and the tails that continue it on a packed row, in tokens; no tail sees another tail."""
+    """One prefix and the tails that continue it on a packed row, in tokens; no tail sees another tail.
+
+    The prefix itself may continue the first `root` tokens of the row.
+    """
 
     start: int
     prefix: int
     tails: tuple[int, ...]
+    root: int = 0
 
 
 class Groups(NamedTuple):
@@ -109,17 +118,40 @@ class Layout:
 def prefix_shared(groups: Groups, pad_token_id: int) -> Layout:
     """Lay `[prompt | completion | completion ...]` group after group on one row. `pad_token_id` is not needed."""
     blocks, positions, score, last, start = [], [], [], [], 0
-    for prompt, *completions in groups.lengths.tolist():
-        blocks.append(Block(start, prompt, tuple(completions)))
-        positions.append(torch.arange(prompt))
-        last_prompt = torch.tensor([start + prompt - 1])
-        ends = list(accumulate(completions, initial=start + prompt))
+    shared = _shared_start(groups)
+    for number, (prompt, *completions) in enumerate(groups.lengths.tolist()):
+        root = shared if number else 0
+        blocks.append(Block(start, prompt - root, tuple(completions), root))
+        positions.append(torch.arange(root, prompt))
+        ends = list(accumulate(completions, initial=start + prompt - root))
+        last_prompt = torch.tensor([ends[0] - 1])
         for begin, end in pairwise(ends):
             positions.append(torch.arange(prompt, prompt + end - begin))
             score += [last_prompt, torch.arange(begin, end - 1)]
             last.append(end - 1)
         start = ends[-1]
-    return _assemble("prefix_shared", groups, groups.input_ids[None], positions, blocks, score, last)
+    row = groups.input_ids[_first_occurrences(groups, shared)] if shared else groups.input_ids
+    return _assemble("prefix_shared", groups, row[None], positions, blocks, score, last)
+
+
+def _shared_start(groups: Groups) -> int:
+    """Tokens that all prompts begin with, 0 where laying them out once does not pay; every prompt keeps its last."""
+    longest = int(groups.lengths[:, 0].min()) - 1
+    if len(groups.lengths) == 1 or longest < SHARED_START_TOKENS:
+        return 0
+    starts = groups.lengths.sum(1).cumsum(0) - groups.lengths.sum(1)  # (B,) of the groups
+    index = (starts[:, None] + torch.arange(longest)).to(groups.input_ids.device)
+    prompts = groups.input_ids[index]  # (B, longest)
+    shared = int((prompts == prompts[0]).all(0).cumprod(0).sum())
+    return shared if shared >= SHARED_START_TOKENS else 0
+
+
+def _first_occurrences(groups: Groups, shared: int) -> Tensor:
+    """Mark the tokens that stand on the row, `(N,)`: all but the first `shared` of every group after the first."""
+    tokens = groups.lengths.sum(1)
+    place = torch.arange(len(groups.input_ids)) - torch.repeat_interleave(tokens.cumsum(0) - tokens, tokens)
+    place[: tokens[0]] = shared
+    return (place >= shared).to(groups.input_ids.device)
 
 
 def packed(groups: Groups, pad_token_id: int) -> Layout:
@@ -173,7 +205,10 @@ def layout_function(name: str) -> Callable[[Groups, int], Layout]:
 
 
 def group_costs(lengths: Tensor, layout: str) -> Tensor:
-    """Positions that each group costs in `layout` (padding not counted), `(B,)`, from lengths `(B, 1 + C)`."""
+    """Positions that each group costs in `layout`, `(B,)`, from lengths `(B, 1 + C)`.
+
+    Padding is not counted, and a start that several prompts share is counted for each.
+    """
     completions = lengths.shape[1] - 1
     prompts = 1 if layout == "prefix_shared" else completions
     return lengths[:, 0] * prompts + lengths[:, 1:].sum(1)

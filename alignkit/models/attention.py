@@ -72,10 +72,11 @@ class RowAttention:
 
 def _calls(block: Block) -> Iterator[Call]:
     """The first tail goes with its prefix into one plain causal call; each further tail is a call of its own."""
+    root = ((0, block.root),) if block.root else ()
     end = block.start + block.prefix + sum(block.tails[:1])
-    yield Call((block.start, end), ((block.start, end),))
+    yield Call((block.start, end), (*root, (block.start, end)))
     for tail in block.tails[1:]:
-        yield Call((end, end + tail), ((block.start, block.start + block.prefix), (end, end + tail)))
+        yield Call((end, end + tail), (*root, (block.start, block.start + block.prefix), (end, end + tail)))
         end += tail
 
 

@@ -81,19 +81,22 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, calls: tuple[Call,
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
-    """Per position of a packed row, `(T,)` each: its block, its tail (0 = prefix), and its place in its sequence."""
+    """Per position of a packed row, `(T,)` each: its block, its tail (0 = prefix), its place in its sequence, and how
+    many of the row's first tokens its sequence begins with.
+    """
 
     block: Tensor
     tail: Tensor
     position: Tensor
+    root: Tensor
 
     def visible(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Flex attention's `mask_mod`: the prefix and one's own tail, at or before one's own position."""
+        """Flex attention's `mask_mod`: root, prefix and one's own tail, at or before one's own position."""
 
         def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = (self.block[q] == self.block[k]) & ((self.tail[k] == 0) | (self.tail[k] == self.tail[q]))
             distance = self.position[q] - self.position[k]
-            seen = same & (distance >= 0)
+            seen = (same | (k < self.root[q])) & (distance >= 0)
             return seen if window is None else seen & (distance < window)
 
         return mask
@@ -101,15 +104,16 @@ class RowIndex:
 
 def row_index(blocks: tuple[Block, ...], device: torch.device) -> RowIndex:
     """Describe every position of a packed row for flex attention."""
-    block, tail, position = [], [], []
-    for number, (_, prefix, tails) in enumerate(blocks):
+    block, tail, position, roots = [], [], [], []
+    for number, (_, prefix, tails, root) in enumerate(blocks):
         block.append(torch.full((prefix + sum(tails),), number))
+        roots.append(torch.full((prefix + sum(tails),), root))
         tail.append(torch.zeros(prefix, dtype=torch.long))
-        position.append(torch.arange(prefix))
+        position.append(torch.arange(root, root + prefix))
         for which, length in enumerate(tails, start=1):
             tail.append(torch.full((length,), which))
-            position.append(torch.arange(prefix, prefix + length))
-    return RowIndex(*(torch.cat(parts).to(device) for parts in (block, tail, position)))
+            position.append(torch.arange(root + prefix, root + prefix + length))
+    return RowIndex(*(torch.cat(parts).to(device) for parts in (block, tail, position, roots)))
 
 
 def flex_mask(blocks: tuple[Block, ...], device: torch.device, window: int | None) -> BlockMask:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from alignkit.data.layout import LAYOUTS, Pairs
+from alignkit.data.layout import LAYOUTS, SHARED_START_TOKENS, Pairs
 from alignkit.errors import ConfigError, ModelError
 from alignkit.functional.logprobs import Logits
 from alignkit.models.attention import ATTENTION_NAME
@@ -154,10 +154,11 @@ def _training(bundle: ModelBundle, mode: bool) -> Iterator[None]:
 
 
 def _shorten(pairs: Pairs) -> Pairs:
-    """A few pairs, each part cut so that the probe costs little; branches and several pairs remain."""
+    """A few pairs, each part cut so that the probe costs little; branches, several pairs and a shared start remain."""
     kept: list[Tensor] = []
     for prompt, *completions in pairs.parts()[:PROBE_PAIRS]:
-        kept += [prompt[-PROBE_TOKENS:], *(ids[:PROBE_TOKENS] for ids in completions)]
+        start = kept[0][:SHARED_START_TOKENS] if kept else prompt[:0]
+        kept += [torch.cat([start, prompt[-PROBE_TOKENS:]]), *(ids[:PROBE_TOKENS] for ids in completions)]
     return Pairs(torch.cat(kept), torch.tensor([part.numel() for part in kept]).view(-1, pairs.lengths.shape[1]))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from alignkit.data.layout import (
     LAYOUTS,
+    SHARED_START_TOKENS,
     Block,
     Groups,
     Pairs,
@@ -164,6 +165,45 @@ def test_what_is_scored_in_groups_of_three(name):
     # The last token of a completion is a target too, and the position before it predicts it.
     flat = layout.input_ids.flatten()
     assert flat[layout.last_index].tolist() == [22, 30, 41, 23, 32, 42]
+
+
+# Three prompts that begin with the same ids: 1 ... n, then 50 51, 50 52 53, and nothing more.
+def shared_start(n: int) -> tuple[list[int], Groups]:
+    start = list(range(1, n + 1))
+    ids = [*start, 50, 51, 60, 61, 70, *start, 50, 52, 53, 62, 71, 72, *start, 63, 73]
+    return start, Groups(torch.tensor(ids), torch.tensor([[n + 2, 2, 1], [n + 3, 1, 2], [n, 1, 1]]))
+
+
+def test_a_shared_start_stands_on_the_row_once():
+    n = SHARED_START_TOKENS + 1
+    start, groups = shared_start(n)
+    layout = prefix_shared(groups, PAD)
+    # The third prompt keeps its last token, so one less than all of the start is shared.
+    assert layout.input_ids.tolist() == [
+        [*start, 50, 51, 60, 61, 70, start[-1], 50, 52, 53, 62, 71, 72, start[-1], 63, 73]
+    ]
+    first = [*range(n + 2), n + 2, n + 3, n + 2]
+    second = [n - 1, n, n + 1, n + 2, n + 3, n + 3, n + 4]
+    assert layout.position_ids.tolist() == [[*first, *second, n - 1, n, n]]
+    assert layout.blocks == (
+        Block(0, n + 2, (2, 1)),
+        Block(n + 5, 4, (1, 2), n - 1),
+        Block(n + 12, 1, (1, 1), n - 1),
+    )
+    assert layout.input_ids.flatten()[layout.last_index].tolist() == [61, 70, 62, 72, 63, 73]
+    assert layout.input_ids.flatten()[layout.score_index].tolist() == [51, 60, 51, 53, 53, 71, start[-1], start[-1]]
+    assert layout.targets.tolist() == packed(groups, PAD).targets.tolist()
+    assert layout.tokens == group_costs(groups.lengths, "prefix_shared").sum() - 2 * (n - 1)
+
+
+@pytest.mark.parametrize("groups_kept", [1, 3])
+def test_a_start_is_not_shared_where_that_does_not_pay(groups_kept):
+    """One group alone, or a start that is too short."""
+    _, groups = shared_start(SHARED_START_TOKENS + (1 if groups_kept == 1 else 0))
+    part = next(groups.split([groups_kept, 3 - groups_kept]))
+    layout = prefix_shared(part, PAD)
+    assert layout.input_ids.tolist() == [part.input_ids.tolist()]
+    assert all(block.root == 0 for block in layout.blocks)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

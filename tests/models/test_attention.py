@@ -20,6 +20,7 @@ ROWS = {
     "one tail": (Block(0, 3, (4,)), Block(7, 1, (1,))),
     "pairs": (Block(0, 4, (3, 5)), Block(12, 1, (1, 2)), Block(16, 6, (1, 1))),
     "three tails": (Block(0, 2, (3, 1, 4)), Block(10, 3, ()), Block(13, 1, (2, 2, 2))),
+    "root": (Block(0, 4, (2, 1)), Block(7, 2, (3, 2), 3), Block(14, 1, (), 3), Block(15, 1, (1, 1, 2), 2)),
 }
 WINDOWS = (None, 3, 1)
 CAPS = (None, 2.0)
@@ -34,13 +35,14 @@ def dense_mask(blocks: tuple[Block, ...], window: int | None) -> Tensor:
     """True where query position `i` of the row may see key position `j`: the definition, one entry at a time."""
     places = []  # (block, tail or None for the prefix, position in its sequence) of every position on the row
     for number, block in enumerate(blocks):
-        places += [(number, None, position) for position in range(block.prefix)]
+        begin = block.root + block.prefix
+        places += [(number, None, position) for position in range(block.root, begin)]
         for tail, length in enumerate(block.tails):
-            places += [(number, tail, block.prefix + position) for position in range(length)]
+            places += [(number, tail, begin + position) for position in range(length)]
     mask = torch.zeros(len(places), len(places), dtype=torch.bool)
     for i, (block, tail, position) in enumerate(places):
         for j, (other_block, other_tail, other_position) in enumerate(places):
-            related = block == other_block and other_tail in (None, tail)
+            related = (block == other_block and other_tail in (None, tail)) or j < blocks[block].root
             distance = position - other_position
             mask[i, j] = related and distance >= 0 and (window is None or distance < window)
     return mask
@@ -92,6 +94,21 @@ def test_dense_mask_by_hand():
     assert dense_mask((Block(0, 2, (1, 2)),), 2).int().tolist() == expected
 
 
+def test_dense_mask_of_a_shared_start_by_hand():
+    """`[r p | a] [q | b]`, where q continues r: both sequences begin with it."""
+    expected = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 0, 0, 1, 1],
+    ]
+    blocks = (Block(0, 2, (1,)), Block(3, 1, (1,), 1))
+    assert dense_mask(blocks, None).int().tolist() == expected
+    expected[2][0] = expected[4][0] = 0
+    assert dense_mask(blocks, 2).int().tolist() == expected
+
+
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("row", ROWS)
@@ -111,7 +128,7 @@ def test_products_equal_plain_attention(row, window, softcap):
 @pytest.mark.parametrize("window", [None, 8])
 def test_products_in_lower_precision(dtype, tolerance, window, softcap):
     """Longer rows than above, several equal in length, in the dtypes of training."""
-    blocks = (Block(0, 30, (20, 17)), Block(67, 30, (20, 17)), Block(134, 5, (40, 1)))
+    blocks = (Block(0, 30, (20, 17)), Block(67, 20, (20, 17), 10), Block(124, 5, (40, 1)))
     calls, mask = RowAttention(blocks).calls, dense_mask(blocks, window)
     tensors = operands(tokens_of(blocks), size=16, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -125,7 +142,7 @@ def test_products_in_lower_precision(dtype, tolerance, window, softcap):
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, 1.5)])
 def test_products_gradcheck(window, softcap):
-    blocks = (Block(0, 2, (1, 2)), Block(5, 1, (1, 1, 1)))
+    blocks = (Block(0, 2, (1, 2)), Block(5, 1, (1, 1, 1), 1))
     calls = RowAttention(blocks).calls
     tensors = operands(tokens_of(blocks), heads=2, kv_heads=1, size=2)
     assert torch.autograd.gradcheck(lambda q, k, v: causal_products(q, k, v, calls, SCALE, window, softcap), tensors)
@@ -194,6 +211,14 @@ def test_varlen_plan_by_hand():
     assert (plan.max_queries, plan.max_keys) == (3, 4)
 
 
+def test_varlen_plan_of_a_shared_start_by_hand():
+    plan = attention_cuda.varlen_plan(RowAttention((Block(0, 2, (1,)), Block(3, 1, (1, 2), 2))).calls, CPU)
+    assert plan.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 3, 5, 6]
+    assert plan.query_offsets.tolist() == [0, 3, 5, 7]
+    assert plan.key_offsets.tolist() == [0, 3, 7, 12]
+    assert (plan.max_queries, plan.max_keys) == (3, 5)
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("row", ROWS)
 def test_flex_mask_mod_is_the_dense_mask(row, window):
@@ -218,7 +243,7 @@ def test_sdpa_equals_plain_attention(row):
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_flex_forward_equals_plain_attention(window, softcap):
-    blocks = ROWS["pairs"]
+    blocks = ROWS["root"]
     # Flex attention has no backward pass on a CPU and refuses tensors that want one.
     query, key, value = (t.detach() for t in operands(tokens_of(blocks), size=16, dtype=torch.float32))
     mask = attention_cuda.flex_mask(blocks, CPU, window)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignkit.data.layout import LAYOUTS
+from alignkit.data.layout import LAYOUTS, Pairs
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.adapters import disable_dropout
 from alignkit.models.attention import ATTENTION_NAME
@@ -24,6 +24,7 @@ from tests.pair_factory import (
     mixed,
     our_bundle,
     our_model,
+    pairs_with_a_shared_start,
     plain_model,
     plain_token_logps,
     random_pairs,
@@ -61,16 +62,22 @@ IGNORING = ("bloom", "gptj")  # these swallow the attention function's keywords 
 RELATIVE = 1e-5
 
 
-def expected_numbers(architecture: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def expected_numbers(architecture: str, pairs: Pairs | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token log-probabilities and LoRA gradients by plain transformers and PEFT, sequence by sequence."""
     model = plain_model(architecture)
-    logps = plain_token_logps(model, random_pairs())
+    logps = plain_token_logps(model, pairs or random_pairs())
     mixed(logps).backward()
     return logps.detach(), gradients(model)
 
 
-def assert_scores(bundle: ModelBundle, layout: str, logps: torch.Tensor, grads: dict[str, torch.Tensor]) -> None:
-    scored = bundle.score(LAYOUTS[layout](random_pairs(), PAD)).logps
+def assert_scores(
+    bundle: ModelBundle,
+    layout: str,
+    logps: torch.Tensor,
+    grads: dict[str, torch.Tensor],
+    pairs: Pairs | None = None,
+) -> None:
+    scored = bundle.score(LAYOUTS[layout](pairs or random_pairs(), PAD)).logps
     mixed(scored).backward()
     torch.testing.assert_close(scored.detach(), logps, rtol=RELATIVE, atol=RELATIVE)
     assert_same_gradients(gradients(bundle.model), grads, RELATIVE)
@@ -95,6 +102,20 @@ def test_every_layout_gives_the_models_own_numbers(architecture):
     # And once more as the trainer runs it.
     assert (fuse_frozen_modules(bundle.base) > 0) == (architecture in FUSED)
     assert_scores(bundle, "prefix_shared", logps, grads)
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_a_start_that_prompts_share_is_computed_once(architecture):
+    pairs = pairs_with_a_shared_start()
+    layout = LAYOUTS["prefix_shared"](pairs, PAD)
+    assert [block.root for block in layout.blocks] == [0, 11, 11]
+    assert layout.tokens == len(pairs.input_ids) - 2 * 11
+    logps, grads = expected_numbers(architecture, pairs)
+    bundle = our_bundle(architecture)
+    disable_dropout(bundle.model)
+    bundle.use_row_attention()
+    assert_scores(bundle, "prefix_shared", logps, grads, pairs)
+    assert bundle.kernels == {"products"}
 
 
 @pytest.mark.parametrize("architecture", SHARING)
