@@ -86,11 +86,17 @@ def visible_pairs(prompt: int, chosen: int, rejected: int) -> int:
     return first * (first + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2
 
 
-def step_operations(shape: ModelShape, lengths: list[list[int]], *, with_reference: bool) -> StepOperations:
-    """Operations of a step over pairs with these lengths (prompt, chosen, rejected), `(B, 3)`."""
-    tokens = sum(map(sum, lengths))
+def step_operations(
+    shape: ModelShape, lengths: list[list[int]], shared_start: int, *, with_reference: bool
+) -> StepOperations:
+    """Operations of a step over pairs with these lengths (prompt, chosen, rejected), `(B, 3)`.
+
+    The first `shared_start` tokens are the same in all prompts of the step, and need to be computed once.
+    """
+    repeats = len(lengths) - 1
+    tokens = sum(map(sum, lengths)) - repeats * shared_start
     completion = sum(chosen + rejected for _, chosen, rejected in lengths)
-    seen = sum(visible_pairs(*row) for row in lengths)
+    seen = sum(visible_pairs(*row) for row in lengths) - repeats * shared_start * (shared_start + 1) // 2
     forward = 2 * shape.block_weights * tokens + 4 * shape.attention_width * seen
     policy = 4 * shape.block_weights * tokens + 6 * shape.lora_weights * tokens + 12 * shape.attention_width * seen
     head = 2 * shape.hidden * shape.vocabulary * completion

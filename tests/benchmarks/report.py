@@ -146,8 +146,10 @@ def ceiling_lines(results: list[Result], summaries: dict[str, Summary], ceiling:
         result = by_name[name]
         shape = ModelShape(**result["shape"])
         lengths = result["lengths"]
-        steps = [lengths[start : start + PAIRS_PER_STEP] for start in range(0, len(lengths), PAIRS_PER_STEP)][warmup:]
-        operations = [step_operations(shape, step, with_reference=not RUNS[name].is_precomputed) for step in steps]
+        steps = [lengths[start : start + PAIRS_PER_STEP] for start in range(0, len(lengths), PAIRS_PER_STEP)]
+        counted = list(zip(steps, result["shared_starts"], strict=True))[warmup:]
+        in_loop = not RUNS[name].is_precomputed
+        operations = [step_operations(shape, *step, with_reference=in_loop) for step in counted]
         least = statistics.median(ceiling.seconds(step) for step in operations)
         tera = statistics.median(step.blocks + step.head for step in operations) / 1e12
         lines.append(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,7 +178,7 @@ def _head_as_on_cuda() -> Iterator[None]:
 
 def _results(trainer: Trainer, recorder: StepRecorder, shape: ModelShape) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    lengths, digest = _describe(trainer.train_dataset)
+    lengths, shared_starts, digest = _describe(trainer.train_dataset)
     return {
         "step_seconds": recorder.seconds,
         "step_positions": recorder.positions,
@@ -185,21 +186,27 @@ def _results(trainer: Trainer, recorder: StepRecorder, shape: ModelShape) -> dic
         "grad_norm": [float(entry["grad_norm"]) for entry in logs],
         "logps_chosen": [entry["logps/chosen"] for entry in logs],
         "lengths": lengths,
+        "shared_starts": shared_starts,
         "data_digest": digest,
         "shape": asdict(shape),
     }
 
 
-def _describe(dataset: Any) -> tuple[list[list[int]], str]:
-    """Return tokens of prompt, chosen and rejected for each row as trained on, and a hash of their ids."""
-    lengths, digest = [], hashlib.sha256()
+def _describe(dataset: Any) -> tuple[list[list[int]], list[int], str]:
+    """Describe the rows as trained on: tokens of prompt, chosen and rejected, `(N, 3)`; how many tokens all prompts of
+    each step begin with, each prompt's last left out; a hash of the ids.
+    """
+    lengths, prompts, digest = [], [], hashlib.sha256()
     for row in dataset:
         prompt = list(row["prompt_ids"])[:MAX_LENGTH]
         room = MAX_LENGTH - len(prompt)  # TRL cuts when it collates, alignkit before
         parts = [prompt, list(row["chosen_ids"])[:room], list(row["rejected_ids"])[:room]]
         lengths.append([len(part) for part in parts])
+        prompts.append(prompt[:-1])
         digest.update(json.dumps(parts).encode())
-    return lengths, digest.hexdigest()[:16]
+    steps = [prompts[start : start + PAIRS_PER_STEP] for start in range(0, len(prompts), PAIRS_PER_STEP)]
+    shared_starts = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*step, strict=False)))) for step in steps]
+    return lengths, shared_starts, digest.hexdigest()[:16]
 
 
 def main(argv: list[str]) -> int:

@@ -50,11 +50,14 @@ def test_visible_pairs_are_those_of_a_mask() -> None:
 def test_operations_follow_the_formula() -> None:
     shape = ModelShape(hidden=4, feed_forward=8, vocabulary=10, block_weights=100, lora_weights=7, attention_width=6)
     # T = 9, S = 6, A = 15 + 4 * 3 + 10 = 37; head: 2 * 4 * 10 * 6 = 480 a pass
-    both = step_operations(shape, [[3, 2, 4]], with_reference=True)
+    both = step_operations(shape, [[3, 2, 4]], 0, with_reference=True)
     assert both.blocks == (4 * 100 * 9 + 6 * 7 * 9 + 12 * 6 * 37) + (2 * 100 * 9 + 4 * 6 * 37)
     assert both.head == 3 * 480
-    alone = step_operations(shape, [[3, 2, 4]], with_reference=False)
+    alone = step_operations(shape, [[3, 2, 4]], 0, with_reference=False)
     assert (alone.blocks, alone.head) == (4 * 100 * 9 + 6 * 7 * 9 + 12 * 6 * 37, 2 * 480)
+    # Three pairs whose prompts begin with the same two tokens: 2 · 2 tokens less, and 2 · (1 + 2) seen keys less.
+    shared = step_operations(shape, [[3, 2, 4]] * 3, 2, with_reference=False)
+    assert (shared.blocks, shared.head) == (4 * 100 * 23 + 6 * 7 * 23 + 12 * 6 * 105, 3 * 2 * 480)
     assert Ceiling(100.0, 10.0).seconds(StepOperations(200.0, 30.0)) == 5.0
 
 
@@ -123,8 +126,10 @@ def test_our_side_measures_a_run(run: str, passes: int, tiny_folder: Path, data_
     result = json.loads(json.dumps(measure(job)))
     assert len(result["step_seconds"]) == len(result["loss"]) == len(result["grad_norm"]) == 2
     assert min(result["step_seconds"]) > 0
-    # by the policy, and by the reference where it is in the loop; no padding, each prompt once
-    assert result["step_positions"][1] == passes * sum(map(sum, result["lengths"][8:]))
+    # by the policy, and by the reference where it is in the loop; no padding, each prompt once, its start once for all
+    shared = result["shared_starts"][1]
+    assert shared > 8
+    assert result["step_positions"][1] == passes * (sum(map(sum, result["lengths"][8:])) - 7 * shared)
     assert result["loss"][0] == pytest.approx(math.log(2), abs=LOSS_TOLERANCE)
     assert result["process_peak_bytes"] >= result["loaded_bytes"] > 0
     assert set(result["profile"]) == set(GROUPS)
