@@ -25,12 +25,12 @@ from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_er
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.evaluation.generation import compare_answers
+from alignkit.evaluation.pictures import margin_curve
 from alignkit.evaluation.preference import summarize_preferences
 from alignkit.evaluation.report import (
     answers_table,
     before_after_table,
     how_to_load,
-    margin_curve,
     report_console,
     write_results,
 )

@@ -25,6 +25,7 @@ from alignkit.cli import ModelArguments, RecipeParser, RewardArguments, ScriptAr
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.errors import ConfigError
+from alignkit.evaluation.pictures import rollout_curves
 from alignkit.evaluation.report import answers_table, how_to_load, report_console, write_results
 from alignkit.evaluation.rollouts import rated_side_by_side, rollouts_table, summarize_rollouts
 from alignkit.models.load import training_device
@@ -109,6 +110,9 @@ def main() -> None:
     }
     console.print(rollouts_table(before, after), answers_table(answers))
     console.print(f"Results: {write_results(args.output_dir, results)}")
+    curves = rollout_curves({"training": trainer.state.log_history}, f"{args.output_dir}/rollouts.png")
+    if curves is not None:
+        console.print(f"Curves of reward and KL: {curves}")
     console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 
 

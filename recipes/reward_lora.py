@@ -25,8 +25,9 @@ from typing import Any
 from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
+from alignkit.evaluation.pictures import margin_curve
 from alignkit.evaluation.preference import summarize_rewards
-from alignkit.evaluation.report import before_after_table, margin_curve, report_console, write_results
+from alignkit.evaluation.report import before_after_table, report_console, write_results
 from alignkit.models.load import training_device
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig

@@ -1,10 +1,8 @@
-"""A run's results for people and programs: tables, `results.json`, and the margin's curve."""
+"""A run's results for people and programs: tables and `results.json`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import math
 import os
 import tempfile
@@ -22,8 +20,6 @@ from alignkit.evaluation.preference import Estimate, PreferenceSummary
 RESULTS_FILE = "results.json"
 _FILE_COLUMNS = 120
 _PROMPT_END = 300  # characters of a prompt that are shown: its last ones, where the question is
-
-logger = logging.getLogger(__name__)
 
 
 def report_console(*, quiet: bool) -> Console:
@@ -76,42 +72,6 @@ def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def margin_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path | None:
-    """Draw the reward margin over the steps of `trainer.state.log_history`; return the picture's path.
-
-    Without matplotlib, or without a margin in the log, this says so in one line of log and returns None.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('No picture of the margin: matplotlib is missing (pip install "alignkit[plot]").')
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    curves = {name: _curve(log_history, keys) for name, keys in _CURVES.items()}
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        logger.warning("No picture of the margin: the log holds none.")
-        return None
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "held out" else None)
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="optimizer step", ylabel="reward margin (chosen - rejected)")
-    axes.legend()
-    figure.savefig(path, dpi=150, format="png")
-    return Path(path)
-
-
-# Names of the margin in the log of a policy and of a reward model.
-_CURVES = {"training": ("rewards/margins", "margin"), "held out": ("eval_rewards/margins", "eval_margin")}
-
-
-def _curve(log_history: Sequence[Mapping[str, float]], keys: Sequence[str]) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history for key in keys if key in entry]
 
 
 def _accuracy(summary: PreferenceSummary) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from alignkit.evaluation.generation import Answers
 from alignkit.evaluation.preference import summarize_labelled, summarize_pairs
-from alignkit.evaluation.report import answers_table, before_after_table, how_to_load, margin_curve, write_results
+from alignkit.evaluation.report import answers_table, before_after_table, how_to_load, write_results
 
 BEFORE = summarize_pairs(math.log(2), [0.0] * 4, [0.0] * 4, [5, 9, 3, 4], [7, 4, 3, 6])
 AFTER = summarize_pairs(0.51234, [1.0, 0.0, 2.0, 1.0], [0.0, 1.0, 0.0, 0.5], [5, 9, 3, 4], [7, 4, 3, 6])
@@ -81,35 +79,6 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> No
         write_results(tmp_path, {"run": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"run": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_the_curve_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    log = [
-        {"step": 1, "rewards/margins": 0.1},
-        {"step": 2, "eval_rewards/margins": 0.2},
-        {"step": 2, "train_loss": 1.0},
-    ]
-    path = margin_curve(log, tmp_path / "margin.png")
-    assert path is not None
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_no_margin_no_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    assert margin_curve([{"step": 1, "loss": 0.5}], tmp_path / "margin.png") is None
-    assert "the log holds none" in caplog.text
-
-
-def test_without_matplotlib_one_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with caplog.at_level(logging.WARNING):
-        assert margin_curve([{"step": 1, "rewards/margins": 0.1}], tmp_path / "margin.png") is None
-    assert [record.message for record in caplog.records] == [
-        'No picture of the margin: matplotlib is missing (pip install "alignkit[plot]").'
-    ]
 
 
 def test_how_to_load_names_the_right_library(tmp_path: Path) -> None:
