@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from alignkit.models.reward_files import load_reward_model
 from alignkit.trainers.ppo import PPOTrainer
+from alignkit.trainers.ppo_callbacks import PPOCallback
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
@@ -279,6 +281,33 @@ def test_a_reward_adapter_on_the_same_base(tmp_path: Path, heads: int):
     assert found.std() > 1e-3
     trainer.save_model(str(tmp_path / "saved"))
     assert not [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
+
+
+class CopiesOfTheBase(PPOCallback):
+    """Counts, whenever something has happened, the tensors in memory that hold a copy of a weight of the base."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.counts = weight, set[int]()
+
+    def _count(self, *_: Any, **__: Any) -> None:
+        # By type(): isinstance would ask objects that warn about their class.
+        tensors: list[Any] = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        same = [each for each in tensors if each.shape == self.weight.shape and torch.equal(each, self.weight)]
+        self.counts.add(len({each.data_ptr() for each in same}))
+
+    on_rewards = on_values = on_minibatch_end = on_evaluate = on_train_end = _count
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_four_roles_keep_one_copy_of_the_base(tmp_path: Path, control: bool):
+    reward_run(tmp_path / "reward")
+    trainer = ppo_trainer(tmp_path / "ppo", [str(tmp_path / "reward")], max_steps=2, value_adapter=True)
+    weight = trainer.bundle.base.get_submodule("model.layers.0.mlp.gate_proj.base_layer").weight
+    census = CopiesOfTheBase(weight)
+    trainer.add_callback(census)
+    copy = weight.detach().clone() if control else None  # what a second base would look like
+    trainer.train()
+    assert census.counts == {1 if copy is None else 2}
 
 
 def test_penalties_and_clipping_reach_the_scores(tmp_path: Path):
