@@ -248,7 +248,7 @@ CASES: dict[str, Case] = {
     "prompts too long": Case(
         {"train_dataset": rows("a", "b", "c" * 30, "d" * 40), "max_prompt_length": 20},
         DataError,
-        "(?s)2 of 4 rows .*30 tokens, max_prompt_tokens=20",
+        "(?s)2 of 4 rows .*30 tokens,.*max_prompt_tokens=20",
     ),
     "the answer is there": Case(
         {"train_dataset": rows(*[[USER, ANSWER]] * 4), "processing_class": tokenizer_with(chat_template=TEMPLATE)},
