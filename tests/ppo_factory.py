@@ -52,7 +52,7 @@ def ppo_trainer(
         random: give adapters and value head seeded noise.
         **given: arguments of the trainer, or options of its configuration.
     """
-    names = (*ARGUMENTS, "reward_processing_classes")
+    names = (*ARGUMENTS, "args", "reward_processing_classes")
     arguments = {name: given.pop(name) for name in names if name in given}
     trainer = kind(
         **{

@@ -50,10 +50,18 @@ def columns_of(dataset: Dataset | Sequence[Mapping[str, Any]] | Mapping[Any, Any
     """Return the column names of a dataset or a list of dicts.
 
     Raises:
-        DataError: a dict of datasets, no rows, or a row that is not a dict.
+        DataError: no dataset, a dict of datasets or of columns, no rows, or a row that is not a dict.
     """
     if isinstance(dataset, Mapping):
-        raise DataError(f"{name}: a dict of datasets {sorted(map(str, dataset))}; give one of them.")
+        names = sorted(map(str, dataset))
+        if any(isinstance(part, list | tuple) for part in dataset.values()):
+            raise DataError(f"{name}: a dict of columns {names}; make a dataset of it with Dataset.from_dict.")
+        raise DataError(f"{name}: a dict of datasets {names}; give one of them.")
+    if isinstance(dataset, str | bytes) or not isinstance(dataset, Dataset | Sequence):
+        raise DataError(
+            f"{name}: a dataset is a datasets.Dataset or a list of dicts, and this is a {type(dataset).__name__}. Read "
+            "a file with datasets.load_dataset."
+        )
     if len(dataset) == 0:
         raise DataError(f"{name}: the dataset has no rows.")
     if isinstance(dataset, Dataset):

@@ -70,7 +70,7 @@ def prepare_preferences(
     columns = columns_of(dataset, name)
     encoder = _encoder(columns, tokenizer, limit, unpaired, name)
     encoded, kept = encode_dataset(dataset, columns, encoder, report, num_proc)
-    report.check(max_drop_fraction)
+    report.finish(max_drop_fraction)
     prepared = encoded.select(kept)
     if unpaired:
         _check_labels(prepared, name)
@@ -86,8 +86,8 @@ def _encoder(
     labelled_tokens = kind is Kind.TOKENS and "label" in columns
     if kind is Kind.UNPAIRED and not unpaired:
         raise DataError(
-            f"{name}: the rows are unpaired (columns {list(columns)}): train on them with loss_type='kto', or give "
-            "rows with chosen and rejected."
+            f"{name}: the rows are unpaired (columns {list(columns)}): train on them with DPOTrainer and "
+            "loss_type='kto', or give rows with chosen and rejected."
         )
     if unpaired and kind is Kind.TOKENS and not labelled_tokens:
         raise DataError(f"{name}: token ids for loss_type='kto' need a `label` column; found {list(columns)}.")

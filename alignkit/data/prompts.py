@@ -98,7 +98,7 @@ def prepare_prompts(
     encoder = PromptEncoder(RecordTokenizer(tokenizer), max_prompt_tokens)
     report = PreparationReport(name)
     encoded, kept = encode_dataset(dataset, [c for c in columns if c in _READ], encoder, report, num_proc)
-    report.check(max_drop_fraction)
+    report.finish(max_drop_fraction)
     others = [column for column in columns if column not in _REPLACED]
     return concatenate_datasets([encoded, *_as_they_are(dataset, others, name)], axis=1).select(kept), report
 

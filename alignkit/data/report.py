@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from alignkit.data.reasons import DropReason
 from alignkit.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _MAX_ROW_IDS = 20
 _QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -105,6 +108,23 @@ class PreparationReport:
                 f"{self.name}: {self.rows_dropped} of {self.rows_in} rows ({share:.1%}) were dropped, more than "
                 f"max_drop_fraction={max_drop_fraction:g} allows. Repair these rows, or raise max_drop_fraction if "
                 f"you can do without them.\n{self.text()}"
+            )
+
+    def finish(self, max_drop_fraction: float) -> None:
+        """Check the drops of a dataset that was read to its end, and warn of those that are allowed.
+
+        Raises:
+            DataError: as `check`.
+        """
+        self.check(max_drop_fraction)
+        if self.rows_dropped:
+            reasons = ", ".join(f"{reason.value} ({rows.count})" for reason, rows in self.drops.items())
+            logger.warning(
+                "%s: %d of %d rows are left out: %s. The trainer's `reports` say which.",
+                self.name,
+                self.rows_dropped,
+                self.rows_in,
+                reasons,
             )
 
     def quantiles(self) -> dict[str, dict[str, int]]:

@@ -25,8 +25,9 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     if tokenizer.pad_token_id is not None:
         return tokenizer
     if tokenizer.eos_token_id is None:
+        owner = f" of '{tokenizer.name_or_path}'" if tokenizer.name_or_path else ""
         raise ModelError(
-            f"The tokenizer of '{tokenizer.name_or_path}' has no pad token and no end-of-sequence token to pad with. "
+            f"The tokenizer{owner} has no pad token and no end-of-sequence token to pad with. "
             'Set one first: tokenizer.pad_token = "..." with a token of its vocabulary.'
         )
     padded = copy.deepcopy(tokenizer)

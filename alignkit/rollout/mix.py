@@ -14,7 +14,14 @@ from torch import Tensor
 from alignkit.errors import ConfigError, DataError, TrainingError, nearest
 from alignkit.rollout.background import BackgroundLoop
 from alignkit.rollout.callables import CallableReward
-from alignkit.rollout.reward import ComponentScores, RewardError, RewardFault, RewardInputs, RewardSource
+from alignkit.rollout.reward import (
+    ComponentScores,
+    RewardError,
+    RewardFault,
+    RewardInputs,
+    RewardSource,
+    check_column_names,
+)
 
 OnError = Literal["raise", "drop"]
 NOTHING_APPLIES = "no source applies"
@@ -94,15 +101,17 @@ class RewardMix:
         self.on_error, self.timeout_s, self.samples_per_call = on_error, timeout_s, samples_per_call
         self._loop = BackgroundLoop()
 
-    def check_columns(self, columns: Collection[str]) -> None:
+    def check_columns(self, columns: Collection[str], dataset: str = "the dataset") -> None:
         """Check, before any sample exists, that a dataset has the columns that functions ask for.
 
         Raises:
             ConfigError: a function asks for something else.
+            DataError: a column has the name of a standard argument.
         """
+        check_column_names(columns, dataset)
         for source in self.sources:
             if isinstance(source, CallableReward):
-                source.check_columns(columns)
+                source.check_columns(columns, dataset)
 
     def __call__(self, inputs: RewardInputs) -> RewardResult:
         """Score B samples.

@@ -71,6 +71,7 @@ ENGINE_RANGES: dict[str, Range] = {
     "per_device_train_batch_size": AT_LEAST_ONE,
     "per_device_eval_batch_size": AT_LEAST_ONE,
     "gradient_accumulation_steps": AT_LEAST_ONE,
+    "num_train_epochs": POSITIVE,
     "dataset_num_proc": AT_LEAST_ONE._replace(optional=True),
     "max_length": Range(
         lambda n: n >= 2, "2 tokens or more (one of prompt, one of completion), or None", whole=True, optional=True
@@ -158,6 +159,13 @@ def needs(table: Mapping[str, Need]) -> Check:
     return check_needs
 
 
+def check_switches(args: EngineConfig) -> None:
+    """Text where True or False is expected: every text counts as True, "no" too."""
+    for field in dataclasses.fields(args):
+        if isinstance(field.default, bool) and isinstance(vars(args)[field.name], str):
+            refuse(args, field.name, "must be True or False, and any text would count as True")
+
+
 def check_layout(args: EngineConfig) -> None:
     """Layouts that are unknown."""
     if args.layout not in LAYOUTS:
@@ -197,6 +205,7 @@ def check_model_init_kwargs(args: EngineConfig) -> None:
 
 
 ENGINE_CHECKS: tuple[Check, ...] = (
+    check_switches,
     check_layout,
     check_padding_multiple,
     check_token_budget,

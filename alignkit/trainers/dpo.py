@@ -30,6 +30,7 @@ from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
 from alignkit.trainers.callbacks import dpo_callbacks
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
+from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import (
     MetricWindow,
     Throughput,
@@ -109,7 +110,7 @@ class DPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
-        args = own_copy(args if args is not None else DPOConfig(f"{short_name(model)}-DPO"))
+        args = own_copy(DPOConfig(f"{short_name(model)}-DPO") if args is None else args, DPOConfig)
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -117,7 +118,9 @@ class DPOTrainer(Trainer):
         prepared: Any = prepare(train_dataset, "train")
         check_dataset(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
+        check_evaluation(prepared_eval, args)
         policy = build_policy(model, args, quantization_config, peft_config)
+        check_pairs(named_datasets(prepared, prepared_eval), policy)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)
@@ -171,6 +174,7 @@ class DPOTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         prepared = self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
+        check_pairs({name: prepared}, self.model)
         return with_reference_logps(self, prepared, name) if self.args.precompute_ref_log_probs else prepared
 
     def evaluate(

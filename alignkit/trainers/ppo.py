@@ -24,6 +24,7 @@ from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
+from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import Batch, accelerator_arguments, accumulate, passes_of
 from alignkit.trainers.pooled import Pooled, PooledWindow
@@ -40,6 +41,7 @@ from alignkit.trainers.ppo_setup import (
     build_actor_critic,
     build_engine,
     build_rewards,
+    check_prompts,
     fit_to_rollouts,
     refuse_unsupported,
     sampling_of,
@@ -110,7 +112,7 @@ class PPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of prompts")
-        args = own_copy(args if args is not None else PPOConfig(f"{short_name(model)}-PPO"))
+        args = own_copy(PPOConfig(f"{short_name(model)}-PPO") if args is None else args, PPOConfig)
         check_ptx(ptx_dataset, args)
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
@@ -118,11 +120,12 @@ class PPOTrainer(Trainer):
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args)
         prepared: Any = prepare(train_dataset, "train")
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
+        check_evaluation(prepared_eval, args)
         texts = None
         if ptx_dataset is not None:
             texts, self.reports["ptx"] = prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
-        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
+        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args)
         check_component_names(self.rewards.names)
         warn_low_lora_learning_rate(args)
         fit_to_rollouts(args)
@@ -137,7 +140,10 @@ class PPOTrainer(Trainer):
         )
         refuse_unsupported(self.accelerator, args)
         self._passes = passes_of(self)
-        self._engine = build_engine(self.bundle, tokenizer, args, max(self.reports["train"].token_lengths["prompt"]))
+        self._engine = build_engine(self.bundle, tokenizer, args)
+        check_prompts(named_datasets(prepared, prepared_eval), self.bundle.base, self.rewards, args)
+        if texts is not None:
+            check_pairs({"ptx": texts}, self.bundle.base)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._sampler = RolloutSampler(len(prepared), args, process, processes)
         self._texts = None if texts is None else TextMix(texts, args, process, processes)
@@ -314,6 +320,7 @@ class PPOTrainer(Trainer):
             raise ConfigError("there are no prompts to evaluate on: pass eval_dataset")
         if not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
             dataset = self._prepare(dataset, "eval", tokenizer=self.processing_class, args=self.args)
+            check_prompts({"eval": dataset}, self.bundle.base, self.rewards, self.args)
         found = greedy_metrics(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, Sampler
 from alignkit.errors import ConfigError
 from alignkit.rollout.collect import Prompts
 from alignkit.trainers.ppo_config import PPOConfig
+
+logger = logging.getLogger(__name__)
 
 # Columns that a prepared prompt has besides those that go to rewards.
 OWN_COLUMNS = ("row_id", "prompt_ids", "prompt")
@@ -45,6 +48,14 @@ class RolloutSampler(Sampler[list[int]]):
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} × "
                 f"num_mini_batches={args.num_mini_batches} × {processes} processes), and the dataset has {rows}: give "
                 "more prompts, or lower one of these."
+            )
+        left_out = rows % self.per_rollout
+        if left_out and process == 0:
+            logger.warning(
+                "every epoch leaves out %d of %d prompts, others each time, because a rollout takes %d",
+                left_out,
+                rows,
+                self.per_rollout,
             )
 
     def set_epoch(self, epoch: int) -> None:

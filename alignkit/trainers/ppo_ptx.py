@@ -48,7 +48,7 @@ def prepare_texts(
     encoder = RowEncoder(RecordTokenizer(tokenizer), kind, kind is Kind.UNPAIRED, (), LengthLimit(args.max_length))
     report = PreparationReport(name)
     encoded, kept = encode_dataset(dataset, columns, encoder, report, args.dataset_num_proc)
-    report.check(args.max_drop_fraction)
+    report.finish(args.max_drop_fraction)
     prepared = encoded.select(kept)
     if kind is Kind.UNPAIRED:
         labels = prepared[_LABEL]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -18,17 +20,18 @@ from transformers import PreTrainedModel
 
 from alignkit.data.collate import pairs_of
 from alignkit.data.layout import layout_function
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
 from alignkit.models.heads import VALUE, add_value_head
 from alignkit.rollout.continuous import ContinuousEngine
-from alignkit.rollout.engine import Endings, RolloutEngine, Sampling, check_request
+from alignkit.rollout.engine import Endings, RolloutEngine, Sampling
 from alignkit.rollout.hf import HFEngine
 from alignkit.rollout.mix import RewardMix
 from alignkit.rollout.reward import ComponentScores, RewardInputs
 from alignkit.rollout.shaping import Overlong, RewardShaping
 from alignkit.rollout.sources import make_reward_sources
+from alignkit.trainers.data_checks import check_vocabulary, positions_of, row_lengths
 from alignkit.trainers.passes import refuse_data_parallel
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
@@ -103,12 +106,11 @@ def build_rewards(
     reward_processing_classes: Any,
     bundle: ModelBundle,
     args: PPOConfig,
-    dataset: Dataset,
 ) -> RewardMix:
     """Everything that rewards a completion, as one weighted sum.
 
     Raises:
-        ConfigError: weights that do not match, or a function that asks for a column that the dataset lacks.
+        ConfigError: no reward, or weights that do not match.
         ModelError: a classifier or reward adapter that cannot be loaded.
     """
     made: list[AdapterReward] = []
@@ -125,9 +127,32 @@ def build_rewards(
         trust_remote_code=args.trust_remote_code,
     )
     on_error: Any = args.on_reward_error
-    mix = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
-    mix.check_columns([name for name in dataset.column_names if name not in OWN_COLUMNS])
-    return mix
+    return RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
+
+
+def check_prompts(datasets: Mapping[str, Dataset], model: PreTrainedModel, rewards: RewardMix, args: PPOConfig) -> None:
+    """See that the model can read and answer every prompt, and that rewards find the columns that they ask for.
+
+    Raises:
+        ConfigError: a function asks for a column that a dataset lacks.
+        DataError: a column with the name of an argument of rewards, or a prompt that leaves no room for a completion.
+        ModelError: a tokenizer of another model.
+    """
+    config = model.config.get_text_config()
+    most = positions_of(config)
+    for name, dataset in datasets.items():
+        columns = [column for column in dataset.column_names if column not in OWN_COLUMNS]
+        rewards.check_columns(columns, f"the {name} dataset")
+        check_vocabulary(dataset, config.vocab_size, name)
+        longest = int(np.nanmax(row_lengths(dataset, "prompt_ids")))
+        if most is not None and longest + args.max_completion_length > most:
+            room = most - args.max_completion_length
+            remedy = f"set max_prompt_length={room} to drop longer prompts, or lower" if room > 0 else "lower"
+            raise DataError(
+                f"{name}: the longest prompt has {longest} tokens, which with max_completion_length="
+                f"{args.max_completion_length} is more than the model's {most} positions: {remedy} "
+                "max_completion_length."
+            )
 
 
 def fit_to_rollouts(args: PPOConfig) -> None:
@@ -191,17 +216,14 @@ def reward_shaping(args: PPOConfig) -> RewardShaping:
     return RewardShaping(clip_range=clip, missing_eos_penalty=args.missing_eos_penalty or 0.0, overlong=overlong)
 
 
-def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig, longest_prompt_tokens: int) -> RolloutEngine:
+def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig) -> RolloutEngine:
     """The engine that writes completions.
 
     Raises:
         ConfigError: nothing could end a completion.
-        DataError: a prompt that leaves the model no room for a completion.
         ModelError: a tokenizer of another model, or one that the engine cannot run.
     """
-    sampling = sampling_of(args, args.temperature)
-    Endings(bundle.base, tokenizer, sampling)
-    check_request(bundle.base, [[0] * longest_prompt_tokens], [[0]], sampling)
+    Endings(bundle.base, tokenizer, sampling_of(args, args.temperature))
     model = cast(PeftModel, bundle.model)
     tokens = args.rollout_batch_tokens or ROLLOUT_TOKENS
     if args.rollout_engine == "hf":

@@ -25,6 +25,7 @@ from alignkit.models.heads import SCORE
 from alignkit.models.reward_files import save_classifier, write_reward_card
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
+from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import (
     accelerator_arguments,
@@ -97,7 +98,7 @@ class RewardTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
-        args = own_copy(args if args is not None else RewardConfig(f"{short_name(model)}-Reward"))
+        args = own_copy(RewardConfig(f"{short_name(model)}-Reward") if args is None else args, RewardConfig)
         set_seed(args.seed)
         tokenizer = reward_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -105,7 +106,9 @@ class RewardTrainer(Trainer):
         prepared: Any = prepare(train_dataset, "train")
         check_reward_data(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
+        check_evaluation(prepared_eval, args)
         policy = build_policy(model, args, quantization_config, peft_config, reward_heads=args.num_heads)
+        check_pairs(named_datasets(prepared, prepared_eval), policy)
         worn = policy.active_adapters[0] if isinstance(policy, PeftModel) else None
         self.bundle = ModelBundle(policy, adapters={REWARD: worn}, heads={REWARD: SCORE})
         if worn is not None:
@@ -157,7 +160,9 @@ class RewardTrainer(Trainer):
         """Bring a dataset that came after construction to the form of those that came with it."""
         if dataset is None or isinstance(dataset, str | Mapping):  # Trainer comes back for each of a dict
             return dataset
-        return self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
+        prepared = self._prepare(dataset, name, tokenizer=self.processing_class, args=self.args)
+        check_pairs({name: prepared}, self.model)
+        return prepared
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -71,6 +71,12 @@ def build_policy(
         raise ConfigError(
             f"{name} applies when the model is loaded; this one is loaded already. Pass its name instead."
         )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(base).__name__} is no causal language model, which every trainer starts from: load it with "
+            "AutoModelForCausalLM, or pass its name."
+        )
     if reward_heads is not None:
         model = with_reward_head(model, reward_heads)
         peft_config = None if peft_config is None else reward_peft_config(peft_config)
@@ -190,8 +196,14 @@ def _with_model(
 AnyDataset = Dataset | IterableDataset | list
 
 
-def own_copy(args: ConfigT) -> ConfigT:
-    """Copy a configuration, so that the caller's stays as it is, with batches that no process deals out to others."""
+def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
+    """Copy a configuration, so that the caller's stays as it is, with batches that no process deals out to others.
+
+    Raises:
+        ConfigError: it is not of the trainer's own kind.
+    """
+    if not isinstance(args, kind):
+        raise ConfigError(f"args must be a {kind.__name__}, not a {type(args).__name__}")
     args = copy.copy(args)
     config: Any = copy.copy(args.accelerator_config)
     config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths

@@ -247,7 +247,10 @@ DATASETS: dict[str, tuple[list[Any], str]] = {
     "image": ([{**TEXT, "image": None}], "has the column 'image': alignkit is text only"),
     "images": ([{**TEXT, "images": []}], "has the column 'images': alignkit is text only"),
     "no rows": ([], "the dataset has no rows"),
-    "unpaired": ([{"prompt": "hi", "completion": "yes", "label": True}], "train on them with loss_type='kto'"),
+    "unpaired": (
+        [{"prompt": "hi", "completion": "yes", "label": True}],
+        "train on them with DPOTrainer and loss_type='kto'",
+    ),
     "row not a dict": ([TEXT, "hi"], "row 1 is a str, not a dict of columns"),
     "all dropped": ([{**TEXT, "chosen": ""}] * 3, "none of the 3 rows can be used"),
 }

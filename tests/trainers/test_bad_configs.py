@@ -49,6 +49,11 @@ CASES = {
     "empty batch": ({"per_device_train_batch_size": 0}, r"per_device_train_batch_size=0: must be a whole number, 1"),
     "half a batch": ({"per_device_eval_batch_size": 1.5}, r"per_device_eval_batch_size=1\.5: must be a whole number"),
     "no accumulation": ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps=0: must be a whole number"),
+    "no epoch": ({"num_train_epochs": 0}, r"num_train_epochs=0: must be a positive, finite number"),
+    "a word for a switch": (
+        {"sync_ref_model": "no"},
+        r"sync_ref_model='no': must be True or False, and any text would",
+    ),
     "label smoothing for sigmoid": (
         {"label_smoothing": 0.5},
         r"label_smoothing=0\.5: must be in \[0, 0\.5\): it is the probability that a label is flipped",

@@ -10,21 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import alignkit
-from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
-from alignkit.models.adapters import add_adapter
+from alignkit.errors import ConfigError
 from alignkit.trainers.config_engine import EngineConfig
 from alignkit.trainers.config_table_engine import ENGINE_AS_TRL, ENGINE_OWN
 from alignkit.trainers.ppo_checks import CHOICES, DIFFERENCES, NEEDS, RANGES, REFUSED
 from alignkit.trainers.ppo_config import PPOConfig
-from tests.model_factory import tiny_model
-from tests.ppo_factory import ppo_trainer, prompts, vowels
-from tests.tiny_preferences import character_tokenizer, lora, token_rows
-from tests.trainers.test_ppo import reward_run
+from tests.ppo_factory import ppo_trainer
+from tests.tiny_preferences import lora
 
 PACKAGE = Path(alignkit.__file__).parent
 OWN = {name for name in vars(PPOConfig)["__annotations__"] if name != "CHECKS"}
@@ -197,123 +193,6 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
         PPOConfig(**options)
 
 
-def no_eos() -> Any:
-    tokenizer = character_tokenizer()
-    tokenizer.eos_token = None
-    return tokenizer
-
-
-def without_end() -> Any:
-    model = tiny_model("llama", eos_token_id=None)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def rows(*texts: str) -> list[dict[str, str]]:
-    return [{"prompt": text} for text in texts]
-
-
-def wants_answer(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    return [0.0] * len(completions)
-
-
-INPUTS: dict[str, tuple[dict[str, Any], type[AlignkitError], str]] = {
-    "no dataset": ({"train_dataset": None}, ConfigError, "train_dataset is required"),
-    "too few prompts": (
-        {"train_dataset": prompts(3)},
-        ConfigError,
-        r"a rollout takes 4 prompts \(per_device_train_batch_size=4 .* and the dataset has 3",
-    ),
-    "no prompts": ({"train_dataset": [{"promt": "a"}] * 4}, DataError, r"none of the columns .* Did you mean 'prompt'"),
-    "no rows": ({"train_dataset": []}, DataError, "the dataset has no rows"),
-    "token ids": (
-        {"train_dataset": Dataset.from_list([{"input_ids": [40, 41]}] * 4)},
-        DataError,
-        "'input_ids' holds token ids, and PPO's rewards need text",
-    ),
-    "tokenised preferences": ({"train_dataset": token_rows(4)}, DataError, "'prompt_ids' holds token ids"),
-    "empty prompts": ({"train_dataset": rows("a", "", " ", "b")}, DataError, r"(?s)2 of 4 rows .* empty"),
-    "prompts too long": (
-        {"train_dataset": rows("a", "b", "c" * 30, "d" * 40), "max_prompt_length": 20},
-        DataError,
-        r"(?s)2 of 4 rows .* max_prompt_tokens=20",
-    ),
-    "prompts beyond the model": (
-        {"train_dataset": rows("a", "b", "c", "d" * 60), "model": tiny_model("llama", max_position_embeddings=64)},
-        DataError,
-        "more than the model's 64 positions",
-    ),
-    "a stream": (
-        {"train_dataset": IterableDataset.from_generator(lambda: iter(rows("a")))},
-        ConfigError,
-        "PPO needs a dataset of known length, and this is a stream",
-    ),
-    "conversations without a template": (
-        {"train_dataset": [{"messages": [{"role": "user", "content": "a"}]}] * 4},
-        DataError,
-        "no chat template",
-    ),
-    "no end of sequence": (
-        {"processing_class": no_eos(), "model": without_end()},
-        ConfigError,
-        "has an end-of-sequence token, so no completion would ever end",
-    ),
-    "a tokenizer of another model": (
-        {"model": tiny_model("llama", vocab_size=2, eos_token_id=1)},
-        ModelError,
-        "end-of-sequence token 2 is outside the model's vocabulary of 2",
-    ),
-    "no adapter": ({"peft_config": None}, ModelError, "PPOTrainer trains an adapter.*pass peft_config=LoraConfig"),
-    "weights of wrong length": ({"reward_weights": [1.0, 2.0]}, ConfigError, "2 reward weights for 1 rewards"),
-    "all weights zero": ({"reward_weights": [0.0]}, ConfigError, "are 0, so nothing would be learned"),
-    "no reward": ({"reward_funcs": []}, ConfigError, "reward_funcs is empty"),
-    "a reward that is a number": (
-        {"reward_funcs": 3.0},
-        ConfigError,
-        "a reward must be a function or an object .* not a float",
-    ),
-    "a column that is not there": ({"reward_funcs": wants_answer}, ConfigError, "answer"),
-    "a reward's name that is taken": (
-        {"reward_funcs": [_f := vowels, _f], "reward_weights": [1.0]},
-        ConfigError,
-        "1 reward",
-    ),
-    "texts without weight": ({"ptx_dataset": [{"prompt": "a", "completion": "b"}]}, ConfigError, "with ptx_coef=0"),
-    "weight without texts": ({"ptx_coef": 0.1}, ConfigError, "ptx_coef=0.1 weighs a loss on ptx_dataset"),
-    "texts of no format": (
-        {"ptx_coef": 0.1, "ptx_dataset": [{"promt": "a"}]},
-        DataError,
-        "make no format that alignkit understands",
-    ),
-    "texts to avoid alone": (
-        {"ptx_coef": 0.1, "ptx_dataset": [{"prompt": "a", "completion": "b", "label": False}]},
-        ConfigError,
-        "every row is labelled as undesirable",
-    ),
-    "a critic's adapter twice": (
-        {"value_adapter": True, "model": "twice"},
-        ModelError,
-        "an adapter called 'value' already",
-    ),
-}
-
-
-@pytest.mark.parametrize(("given", "error", "message"), INPUTS.values(), ids=INPUTS)
-def test_bad_input_is_refused_before_any_forward_pass(
-    tmp_path: Path, given: dict[str, Any], error: type[AlignkitError], message: str
-):
-    given = dict(given)
-    if given.get("model") == "twice":
-        given |= {"model": add_adapter(tiny_model("llama"), lora()), "peft_config": None}
-        given["model"].add_adapter("value", lora())
-    model = given.setdefault("model", tiny_model("llama"))
-    passes: list[int] = []
-    model.register_forward_pre_hook(lambda *a: passes.append(1))
-    with pytest.raises(error, match=message):
-        ppo_trainer(tmp_path, given.pop("reward_funcs", vowels), random=False, **given)
-    assert passes == []
-
-
 def test_messages_differ(tmp_path: Path):
     found = set()
     for options, _ in CONFIGS.values():
@@ -326,23 +205,6 @@ def test_messages_differ(tmp_path: Path):
 def test_evaluation_without_prompts_says_so(tmp_path: Path):
     with pytest.raises(ConfigError, match="there are no prompts to evaluate on"):
         ppo_trainer(tmp_path).evaluate()
-
-
-def test_a_reward_adapter_of_another_base_is_refused(tmp_path: Path):
-    reward_run(tmp_path / "reward", max_steps=1)
-    with pytest.raises(ModelError, match="does not fit this base, so it was trained on another one"):
-        ppo_trainer(tmp_path, str(tmp_path / "reward"), model=tiny_model("llama", hidden_size=64))
-    first, other = tmp_path / "first", tmp_path / "other"
-    tiny_model("llama").save_pretrained(first)
-    tiny_model("llama", seed=1).save_pretrained(other)
-    config = tmp_path / "reward" / "adapter_config.json"
-    text = re.sub(r'"base_model_name_or_path": [^,]*,', f'"base_model_name_or_path": "{first}",', config.read_text())
-    config.write_text(text)
-    with pytest.raises(ModelError, match=r"was trained on '.*first', and the base here is '.*other'"):
-        ppo_trainer(tmp_path, str(tmp_path / "reward"), model=str(other))
-    ppo_trainer(tmp_path / "policy").save_model()
-    with pytest.raises(ModelError, match="holds no reward adapter"):
-        ppo_trainer(tmp_path, str(tmp_path / "policy"))
 
 
 def test_a_reward_model_with_another_tokenizer(tmp_path: Path):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
-from alignkit.errors import ConfigError, DataError, ModelError
+from alignkit.errors import ConfigError, DataError
 from alignkit.functional.reward import bradley_terry
 from alignkit.models.bundle import REWARD
 from alignkit.models.reward_files import load_reward_model
@@ -310,35 +310,3 @@ def test_a_template_of_another_tokenizer(tmp_path):
     other.save_pretrained(tmp_path / "more")
     with pytest.raises(ConfigError, match=r"its template writes \['<turn>'\]"):
         build(tmp_path, chat_template_path=str(tmp_path / "more"))
-
-
-BAD = {
-    "no data": ({"train_dataset": None}, ConfigError, "train_dataset is required"),
-    "a policy's adapter": ({"peft_config": None, "model": "policy"}, ModelError, "no reward head 'score' to train"),
-    "adapter of another task": ({"peft_config": lora(task_type="TOKEN_CLS")}, ModelError, "task_type 'TOKEN_CLS'"),
-    "adapter on the output layer": ({"peft_config": lora(target_modules=["lm_head"])}, ModelError, "no logits"),
-    "a number as model": ({"model": 3, "processing_class": "keep"}, ModelError, "model must be a name"),
-    "an endless stream": ({"train_dataset": "stream", "max_steps": -1}, ConfigError, "set max_steps"),
-    "wrong columns": ({"train_dataset": [{"text": "a"}]}, DataError, "columns"),
-    "single completions": (
-        {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
-        DataError,
-        "unpaired",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, tmp_path):
-    options, error, message = BAD[case]
-    options = dict(options)
-    if options.get("model") == "policy":
-        from alignkit.models.adapters import add_adapter
-
-        options["model"] = add_adapter(tiny_model("llama"), lora())
-    if options.get("train_dataset") == "stream":
-        options["train_dataset"] = IterableDataset.from_generator(lambda: iter(rows()))
-    if options.get("processing_class") == "keep":
-        options["processing_class"] = character_tokenizer()
-    with pytest.raises(error, match=message):
-        build(tmp_path, **options)
