@@ -110,8 +110,7 @@ def main() -> None:
     }
     console.print(rollouts_table(before, after), answers_table(answers))
     console.print(f"Results: {write_results(args.output_dir, results)}")
-    curves = rollout_curves({"training": trainer.state.log_history}, f"{args.output_dir}/rollouts.png")
-    if curves is not None:
+    if curves := rollout_curves({"training": trainer.state.log_history}, f"{args.output_dir}/rollouts.png"):
         console.print(f"Curves of reward and KL: {curves}")
     console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 

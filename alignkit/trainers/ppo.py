@@ -34,7 +34,6 @@ from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler
 from alignkit.trainers.ppo_evaluate import greedy_metrics
 from alignkit.trainers.ppo_loss import ppo_loss, token_columns
-from alignkit.trainers.ppo_metrics import check_component_names
 from alignkit.trainers.ppo_ptx import PTX, TextMix, check_ptx, prepare_texts, text_loss
 from alignkit.trainers.ppo_score import batch_of, score_episodes, score_tokens
 from alignkit.trainers.ppo_setup import (
@@ -125,8 +124,7 @@ class PPOTrainer(Trainer):
         if ptx_dataset is not None:
             texts, self.reports["ptx"] = prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
-        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args)
-        check_component_names(self.rewards.names)
+        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, lambda: self._passes)
         warn_low_lora_learning_rate(args)
         fit_to_rollouts(args)
         super().__init__(
@@ -142,8 +140,7 @@ class PPOTrainer(Trainer):
         self._passes = passes_of(self)
         self._engine = build_engine(self.bundle, tokenizer, args)
         check_prompts(named_datasets(prepared, prepared_eval), self.bundle.base, self.rewards, args)
-        if texts is not None:
-            check_pairs({"ptx": texts}, self.bundle.base)
+        check_pairs({} if texts is None else {"ptx": texts}, self.bundle.base)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._sampler = RolloutSampler(len(prepared), args, process, processes)
         self._texts = None if texts is None else TextMix(texts, args, process, processes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +18,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignkit.data.collate import pairs_of
-from alignkit.data.layout import layout_function
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
@@ -32,10 +30,11 @@ from alignkit.rollout.reward import ComponentScores, RewardInputs
 from alignkit.rollout.shaping import Overlong, RewardShaping
 from alignkit.rollout.sources import make_reward_sources
 from alignkit.trainers.data_checks import check_vocabulary, positions_of, row_lengths
-from alignkit.trainers.passes import refuse_data_parallel
+from alignkit.trainers.passes import Passes, refuse_data_parallel
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import OWN_COLUMNS
+from alignkit.trainers.ppo_metrics import check_component_names
 from alignkit.trainers.ppo_score import groups_batch
 from alignkit.trainers.setup import build_policy
 
@@ -106,17 +105,18 @@ def build_rewards(
     reward_processing_classes: Any,
     bundle: ModelBundle,
     args: PPOConfig,
+    passes: Callable[[], Passes],
 ) -> RewardMix:
-    """Everything that rewards a completion, as one weighted sum.
+    """Everything that rewards a completion, as one weighted sum; `passes` are those that reward adapters go through.
 
     Raises:
-        ConfigError: no reward, or weights that do not match.
+        ConfigError: no reward, weights that do not match, or a reward called like a metric of its own.
         ModelError: a classifier or reward adapter that cannot be loaded.
     """
     made: list[AdapterReward] = []
 
     def from_adapter(path: str) -> AdapterReward:
-        made.append(AdapterReward(bundle, path, f"reward_{len(made)}"))
+        made.append(AdapterReward(bundle, path, f"reward_{len(made)}", passes))
         return made[-1]
 
     sources = make_reward_sources(
@@ -127,7 +127,9 @@ def build_rewards(
         trust_remote_code=args.trust_remote_code,
     )
     on_error: Any = args.on_reward_error
-    return RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
+    rewards = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
+    check_component_names(rewards.names)
+    return rewards
 
 
 def check_prompts(datasets: Mapping[str, Dataset], model: PreTrainedModel, rewards: RewardMix, args: PPOConfig) -> None:
@@ -248,14 +250,15 @@ class AdapterReward:
         bundle: the roles; the adapter becomes one of them.
         path: a folder that `RewardTrainer` saved, or a name on the Hub.
         role: its role's name.
+        passes: returns the layout and size of training's forward passes, which are known once there is a trainer.
 
     Attributes:
         names: one component, the mean of the adapter's heads.
         spread: standard deviation over the heads at the last call, `(B,)`; `None` for a single head.
     """
 
-    def __init__(self, bundle: ModelBundle, path: str, role: str) -> None:
-        self.bundle, self.role = bundle, role
+    def __init__(self, bundle: ModelBundle, path: str, role: str, passes: Callable[[], Passes]) -> None:
+        self.bundle, self.role, self.passes = bundle, role, passes
         self.outputs = bundle.add_reward_adapter(path, role=role)
         self.names = (Path(path).name or role,)
         self.spread: Tensor | None = None
@@ -263,14 +266,14 @@ class AdapterReward:
     @torch.no_grad()
     def __call__(self, inputs: RewardInputs) -> ComponentScores:
         """Score each completion at its last token."""
-        device = self.bundle.base.device
-        found = []
+        passes, found = self.passes(), []
         for start in range(0, len(inputs), REWARD_BATCH):
             part = slice(start, start + REWARD_BATCH)
             batch = groups_batch(inputs.prompt_ids[part], inputs.completion_ids[part])
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            layout = layout_function("padded")(pairs_of(batch), 0)
-            found.append(self.bundle.values(layout, layout.last_index, role=self.role).float().cpu())
+            for chunk in passes.split({name: tensor.to(self.bundle.base.device) for name, tensor in batch.items()}):
+                with passes.precision():
+                    layout = passes.lay_out(chunk)
+                    found.append(self.bundle.values(layout, layout.last_index, role=self.role).float().cpu())
         rewards = torch.cat(found)  # (B, K)
         self.spread = rewards.std(dim=1, correction=0) if self.outputs > 1 else None
         values = rewards.mean(dim=1, keepdim=True)

@@ -71,12 +71,7 @@ def build_policy(
         raise ConfigError(
             f"{name} applies when the model is loaded; this one is loaded already. Pass its name instead."
         )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.get_output_embeddings() is None:
-        raise ModelError(
-            f"{type(base).__name__} is no causal language model, which every trainer starts from: load it with "
-            "AutoModelForCausalLM, or pass its name."
-        )
+    _refuse_classifiers(model)
     if reward_heads is not None:
         model = with_reward_head(model, reward_heads)
         peft_config = None if peft_config is None else reward_peft_config(peft_config)
@@ -103,6 +98,15 @@ def build_policy(
             )
         disable_dropout(model)
     return model
+
+
+def _refuse_classifiers(model: PreTrainedModel | PeftModel) -> None:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(base).__name__} is no causal language model, which every trainer starts from: load it with "
+            "AutoModelForCausalLM, or pass its name."
+        )
 
 
 def _load(
