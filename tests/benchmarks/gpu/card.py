@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,13 @@ FAILURES = (
 def described(error: BaseException, length: int = 500) -> str:
     """An error in one short text."""
     return f"{type(error).__name__}: {str(error).strip()[:length]}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the trainers' own lines and tables out of the report."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 class Clock(TrainerCallback):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import statistics
 import tempfile
 import time
@@ -17,7 +15,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
 import alignkit
-from tests.benchmarks.gpu.card import GIB, Clock, capped, free
+from tests.benchmarks.gpu.card import GIB, Clock, capped, free, quiet
 from tests.benchmarks.gpu.shapes import Shape, hh_lengths, large_model, token_rows, word_tokenizer
 from tests.benchmarks.runs import LEARNING_RATE, LORA_RANK, PAIRS_PER_STEP
 
@@ -163,7 +161,7 @@ class Bench:
         )
         clock = Clock(self.device)
         trainer.add_callback(clock)
-        with contextlib.redirect_stdout(io.StringIO()):  # the trainers' own log lines
+        with quiet():
             trainer.train()
         first = next(entry for entry in trainer.state.log_history if "loss" in entry)
         result.seconds = statistics.median(clock.seconds[WARMUP_STEPS:])
