@@ -218,7 +218,7 @@ def save_reward_adapter(shape: Shape, folder: Path) -> None:
     base: Any = with_reward_head(empty_model(shape, torch.float32), 1)
     model = add_adapter(base, reward_peft_config(config))
     generator = torch.Generator().manual_seed(0)
-    names = get_peft_model_state_dict(model)
+    names = get_peft_model_state_dict(model, save_embedding_layers=False)
     folder.mkdir()
     save_file(
         {name: 0.02 * torch.randn(empty.shape, generator=generator) for name, empty in names.items()},
