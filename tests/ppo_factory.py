@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from alignkit.trainers.ppo import PPOTrainer
 from alignkit.trainers.ppo_config import PPOConfig
+from alignkit.trainers.ppo_loss import ChunkScores, token_columns
 from tests.model_factory import tiny_model
 from tests.tiny_preferences import QUIET, character_tokenizer, lora, randomise_adapter, text_rows
 
@@ -68,6 +73,36 @@ def ppo_trainer(
     if random:
         randomise_adapter(trainer.model)
     return trainer
+
+
+@contextlib.contextmanager
+def scaling_on_a_cpu() -> Iterator[None]:
+    """Let accelerate scale gradients as for fp16 on CUDA; what is computed stays fp32."""
+    original = Accelerator.__init__
+
+    def with_scaler(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu"), True
+
+    with (
+        mock.patch.object(Accelerator, "__init__", with_scaler),
+        mock.patch.object(Accelerator, "mixed_precision", "fp16"),
+    ):
+        yield
+
+
+class WatchedTrainer(PPOTrainer):
+    """Keeps what every chunk was trained with: scores, the rollout's columns at its tokens, the step's number."""
+
+    seen: list[tuple[ChunkScores, dict[str, torch.Tensor], int]]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, scores = super().compute_loss(model, inputs, True, num_items_in_batch)
+        seen = self.__dict__.setdefault("seen", [])
+        seen.append((scores, token_columns(inputs, self._passes.lay_out(inputs)), self.state.global_step))
+        return (loss, scores) if return_outputs else loss
 
 
 class Gradients(TrainerCallback):

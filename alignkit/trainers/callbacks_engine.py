@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -51,6 +54,38 @@ class LiveGradients(TrainerCallback):
                 "nothing trains. On a quantized base this means that an inference pass outside the trainer "
                 "repacked its weights. Load the model anew, and generate through the trainer's own model."
             )
+
+
+class PauseScaler(TrainerCallback):
+    """Let optimizer steps without gradients pass under fp16, whose gradient scaler takes them for a mistake.
+
+    In such a step a scaler that is switched off stands in: nothing is unscaled, and the scale stays what it was.
+
+    Args:
+        accelerator: whose scaler it is.
+        is_skipped: whether the step that begins will have no gradients.
+    """
+
+    def __init__(self, accelerator: Accelerator, is_skipped: Callable[[], bool]) -> None:
+        self.accelerator, self.is_skipped = accelerator, is_skipped
+        self._paused: Any = None
+
+    def on_step_begin(
+        self, args: EngineConfig, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if self.accelerator.scaler is not None and self.is_skipped():
+            self._paused = self.accelerator.scaler
+            self._use(torch.amp.GradScaler(enabled=False), optimizer)
+
+    def on_optimizer_step(
+        self, args: EngineConfig, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if self._paused is not None:
+            self._use(self._paused, optimizer)
+            self._paused = None
+
+    def _use(self, scaler: Any, optimizer: Any) -> None:
+        self.accelerator.scaler = optimizer.scaler = scaler  # accelerate's optimizer has a reference of its own
 
 
 def engine_callbacks(bundle: ModelBundle, args: EngineConfig) -> list[TrainerCallback]:

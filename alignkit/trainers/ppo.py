@@ -22,7 +22,7 @@ from alignkit.errors import ConfigError
 from alignkit.models.bundle import POLICY, REFERENCE
 from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
-from alignkit.trainers.callbacks_engine import engine_callbacks
+from alignkit.trainers.callbacks_engine import PauseScaler, engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import Throughput, add_window_metrics
@@ -152,6 +152,7 @@ class PPOTrainer(Trainer):
         self._throughput = Throughput()
         for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
+        self.add_callback(PauseScaler(self.accelerator, lambda: self._is_stopped))
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
 

@@ -13,24 +13,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from alignkit.models.adapters import peft_warnings
-from alignkit.trainers.ppo import PPOTrainer
-from alignkit.trainers.ppo_loss import token_columns
 from tests.model_factory import tiny_model
-from tests.ppo_factory import ppo_trainer, weights
+from tests.ppo_factory import WatchedTrainer, ppo_trainer, weights
 from tests.tiny_preferences import RecordGradients, assert_close_tensors
-
-
-class Watched(PPOTrainer):
-    """Keeps what every chunk was trained with."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, scores = super().compute_loss(model, inputs, True, num_items_in_batch)
-        seen = self.__dict__.setdefault("seen", [])
-        seen.append((scores, token_columns(inputs, self._passes.lay_out(inputs)), self.state.global_step))
-        return (loss, scores) if return_outputs else loss
-
 
 SCORED: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -48,7 +33,7 @@ SCORED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", SCORED.values(), ids=SCORED)
 def test_the_first_importance_ratio_is_exactly_one(tmp_path: Path, options: dict[str, Any]):
-    trainer = ppo_trainer(tmp_path, kind=Watched, num_ppo_epochs=2, max_steps=4, **options)
+    trainer = ppo_trainer(tmp_path, kind=WatchedTrainer, num_ppo_epochs=2, max_steps=4, **options)
     trainer.train()
     first = [(scores, columns) for scores, columns, step in trainer.seen if step == 0]
     later = [(scores, columns) for scores, columns, step in trainer.seen if step > 0]

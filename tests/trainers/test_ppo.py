@@ -26,6 +26,7 @@ from tests.ppo_factory import (
     plain_logps,
     ppo_trainer,
     restore,
+    scaling_on_a_cpu,
     vowels,
     weights,
 )
@@ -163,6 +164,23 @@ def test_early_stop_leaves_weights_and_optimizer_until_the_next_rollout(tmp_path
     free = ppo_trainer(tmp_path, num_ppo_epochs=4, max_steps=8, target_approx_kl=1e5)
     free.train()
     assert all("policy/approxkl_avg" in log for log in free.state.log_history[:8])
+
+
+@pytest.mark.parametrize("target", [1e-5, None])
+def test_a_gradient_scaler_changes_nothing_and_lets_skipped_steps_pass(tmp_path: Path, target: float | None):
+    """As in fp16 on CUDA. Powers of two scale fp32 exactly, so every weight is that of a run without a scaler."""
+    options = {"num_ppo_epochs": 4, "max_steps": 8, "target_approx_kl": target, "weight_decay": 0.1}
+    plain = ppo_trainer(tmp_path, **options)
+    plain.train()
+    with scaling_on_a_cpu():
+        scaled = ppo_trainer(tmp_path, **options)
+        scaled.train()
+    found = weights(scaled)
+    assert all(torch.equal(found[name], weight) for name, weight in weights(plain).items())
+    assert scaled.lr_scheduler.last_epoch == 8
+    made = 8 if target is None else 4  # of each rollout's four steps the last two are skipped
+    assert scaled.accelerator.scaler.state_dict()["_growth_tracker"] == made
+    assert scaled.accelerator.scaler is scaled.optimizer.scaler
 
 
 # --- rewards ---

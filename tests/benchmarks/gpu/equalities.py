@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 import alignkit
 from alignkit.data.collate import DPOCollator, pairs_of
 from alignkit.data.layout import LAYOUTS, Pairs
-from alignkit.models.adapters import add_adapter
 from alignkit.models.bundle import ModelBundle
-from alignkit.models.lora import FUSED_LORA
-from tests.benchmarks.gpu.shapes import PAD, small_model, token_rows, word_tokenizer
+from tests.benchmarks.gpu.card import FAILURES, as_turing, described
+from tests.benchmarks.gpu.shapes import PAD, adapted, small_model, token_rows, word_tokenizer
 
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError)
 # Branches, a prompt of one token, completions of one token, lengths around the kernels' block sizes.
 LENGTHS = [(37, 20, 31), (5, 64, 1), (128, 7, 90), (1, 3, 2), (63, 65, 129)]
 VOCABULARY = 512
 WINDOW = 16  # tokens
-TURING = (7, 5)
 SLIDING = {"sliding_window": WINDOW}
 GEMMA = {
     "attn_logit_softcapping": 5.0,
@@ -105,7 +98,7 @@ def run(device: torch.device) -> list[dict[str, Any]]:
         try:
             outcomes.append(_check(case, device))
         except FAILURES as error:
-            outcomes.append(Outcome(case.name, False, note=f"{type(error).__name__}: {str(error).strip()[:500]}"))
+            outcomes.append(Outcome(case.name, False, note=described(error)))
     outcomes.append(_scaled_steps(device))
     return [asdict(outcome) for outcome in outcomes]
 
@@ -131,10 +124,10 @@ def _check(case: Case, device: torch.device) -> Outcome:
     narrow = small_model(case.architecture, case.dtype, device, **case.overrides)
     wide = small_model(case.architecture, torch.float32, device, **case.overrides)
     wide.load_state_dict({name: tensor.float() for name, tensor in narrow.state_dict().items()})
-    truth = _score(_bundle(wide), pairs, "padded")
-    bundle = _bundle(narrow)
+    truth = _score(adapted(wide), pairs, "padded")
+    bundle = adapted(narrow)
     padded = _score(bundle, pairs, "padded")
-    with _as_turing() if case.is_turing else contextlib.nullcontext():
+    with as_turing() if case.is_turing else contextlib.nullcontext():
         shared = _score(bundle, pairs, "prefix_shared")
     wanted = case.kernel if device.type == "cuda" else "products"
     logps_floor, gradient_floor = FLOOR[case.dtype]
@@ -156,17 +149,6 @@ def _check(case: Case, device: torch.device) -> Outcome:
         and outcome.gradient_error <= outcome.gradient_allowed
     )
     return outcome
-
-
-def _bundle(model: PreTrainedModel) -> ModelBundle:
-    """Put seeded LoRA on every linear layer, with neither of its matrices zero."""
-    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = add_adapter(model, config, custom_modules=FUSED_LORA)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
-    return ModelBundle(adapted)
 
 
 def _score(bundle: ModelBundle, pairs: Pairs, layout: str) -> Scored:
@@ -195,23 +177,13 @@ def _gradient_error(found: Scored, truth: Scored) -> float:
     return (difference / sum((g.float() ** 2).sum().item() for g in truth.gradients.values())) ** 0.5
 
 
-@contextlib.contextmanager
-def _as_turing() -> Iterator[None]:
-    """Let the library see compute capability 7.5, and keep SDPA from kernels that such a card lacks."""
-    with (
-        mock.patch("torch.cuda.get_device_capability", return_value=TURING),
-        sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-    ):
-        yield
-
-
 def _scaled_steps(device: torch.device) -> Outcome:
     """Train in fp16 as a Turing card does: after the scaler has settled, gradients are finite and adapters move."""
     name = "fp16 steps with a gradient scaler"
     if device.type != "cuda":
         return Outcome(name, True, note="skipped: it needs CUDA")
     model = small_model("llama", torch.float16, device)
-    with tempfile.TemporaryDirectory() as folder, _as_turing():
+    with tempfile.TemporaryDirectory() as folder, as_turing():
         args = alignkit.DPOConfig(
             folder, fp16=True, bf16=False, max_steps=8, per_device_train_batch_size=len(LENGTHS), logging_steps=1,
             learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], save_strategy="no", disable_tqdm=True,
@@ -226,7 +198,7 @@ def _scaled_steps(device: torch.device) -> Outcome:
         try:
             trainer.train()
         except FAILURES as error:
-            return Outcome(name, False, note=f"{type(error).__name__}: {str(error).strip()[:500]}")
+            return Outcome(name, False, note=described(error))
     norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
     moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
     good = norms[-1] < float("inf") and all(bool(p.isfinite().all()) for p in moved) and any(p.any() for p in moved)

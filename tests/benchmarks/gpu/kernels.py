@@ -17,8 +17,8 @@ from alignkit.functional.logprobs import frozen_head_logps
 from alignkit.models import attention_cuda
 from alignkit.models.attention import RowAttention
 from alignkit.models.attention_products import causal_products
-from tests.benchmarks.gpu.equalities import FAILURES
-from tests.benchmarks.gpu.memory import FIXED_LENGTHS, GIB
+from tests.benchmarks.gpu.card import FAILURES, GIB, described
+from tests.benchmarks.gpu.memory import FIXED_LENGTHS
 from tests.benchmarks.gpu.shapes import Shape
 from tests.benchmarks.runs import PAIRS_PER_STEP
 
@@ -35,7 +35,7 @@ def run(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
         try:
             found.append({"name": name, **_time(function, inputs, device)})
         except FAILURES as error:
-            found.append({"name": name, "note": f"{type(error).__name__}: {str(error).strip()[:300]}"})
+            found.append({"name": name, "note": described(error, 300)})
     return found
 
 

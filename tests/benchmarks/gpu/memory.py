@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.util
-import io
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 import alignkit
+from tests.benchmarks.gpu.card import GIB, Clock, capped, free, quiet
 from tests.benchmarks.gpu.shapes import Shape, hh_lengths, large_model, token_rows, word_tokenizer
 from tests.benchmarks.runs import LEARNING_RATE, LORA_RANK, PAIRS_PER_STEP
 
-GIB = 2**30
-CONTEXT_BYTES = 0.6 * GIB  # of a card's memory go to the CUDA context, which the allocator's cap does not count
 WARMUP_STEPS, TIMED_STEPS = 1, 2
 FIXED_LENGTHS = (512, 256, 256)
 SHORTEST_PAIR, LONGEST_PAIR = 1024, 32768  # tokens of prompt, chosen and rejected together
@@ -70,23 +64,6 @@ class Measurement:
     first_loss: float | None = None
     first_grad_norm: float | None = None
     note: str = ""
-
-
-class Clock(TrainerCallback):
-    """Seconds of every optimizer step, with the device's queue emptied at its end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, list[float]()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
 
 
 class Bench:
@@ -145,7 +122,7 @@ class Bench:
         elif time.monotonic() > self.deadline:
             result.note = "left out: no time"
         else:
-            with _capped(cap_gb, self.device), tempfile.TemporaryDirectory() as folder:
+            with capped(cap_gb, self.device), tempfile.TemporaryDirectory() as folder:
                 try:
                     self._train(result, plan, rows, pairs_per_step // batch, folder)
                     result.fits = True
@@ -153,7 +130,7 @@ class Bench:
                     pass  # that is the answer; nothing of the traceback may live on, since it holds tensors
                 if self.device.type == "cuda":
                     result.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-            _free(self.device)
+            free(self.device)
         print(_line(result), flush=True)
         return result
 
@@ -184,7 +161,7 @@ class Bench:
         )
         clock = Clock(self.device)
         trainer.add_callback(clock)
-        with contextlib.redirect_stdout(io.StringIO()):  # the trainers' own log lines
+        with quiet():
             trainer.train()
         first = next(entry for entry in trainer.state.log_history if "loss" in entry)
         result.seconds = statistics.median(clock.seconds[WARMUP_STEPS:])
@@ -203,35 +180,6 @@ def _classes(side: str) -> tuple[Any, Any]:
             return dataset
 
     return OnTokens, trl.DPOConfig
-
-
-@contextlib.contextmanager
-def _capped(cap_gb: float, device: torch.device) -> Iterator[None]:
-    """Let this process have no more of the GPU than a card of `cap_gb` GiB would give it, and believe so too."""
-    if device.type != "cuda":
-        yield
-        return
-    _free(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    limit = int(min(cap_gb * GIB - CONTEXT_BYTES, total))
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
-
-    def free_and_total(*args: Any) -> tuple[int, int]:
-        return limit - torch.cuda.memory_reserved(device), limit
-
-    try:
-        # The automatic token budget asks how much is free, and must not be told of the rest of the card.
-        with mock.patch("torch.cuda.mem_get_info", free_and_total):
-            yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _line(result: Measurement) -> str:

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from tokenizers import Tokenizer, models
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from alignkit.models.adapters import add_adapter
+from alignkit.models.bundle import ModelBundle
+from alignkit.models.lora import FUSED_LORA
 
 PAD, EOS = 0, 1
 FIRST_WORD = 2  # ids below are special
@@ -59,11 +64,11 @@ def eight_billion(*, tiny: bool) -> tuple[Shape, str]:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token per number; trainers ask it for its special tokens alone."""
+    """One token per number; a text is numbers with spaces between them."""
     words = {"<pad>": PAD, "</s>": EOS, **{str(i): i for i in range(FIRST_WORD, vocabulary)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="</s>"
-    )
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
 def token_rows(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -111,9 +116,19 @@ def small_model(architecture: str, dtype: torch.dtype, device: torch.device, **o
     return model.to(device, dtype).eval()
 
 
-def large_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A random Llama of this shape, always the same one, made layer by layer: no 16-bit copy of it ever exists."""
-    torch.manual_seed(0)
+def adapted(model: PreTrainedModel) -> ModelBundle:
+    """Put seeded LoRA on every linear layer, with neither of its matrices zero."""
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    wearing = add_adapter(model, config, custom_modules=FUSED_LORA)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in wearing.parameters():
+        if parameter.requires_grad:
+            parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
+    return ModelBundle(wearing)
+
+
+def empty_model(shape: Shape, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of this shape whose weights take no memory."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=shape.vocabulary,
@@ -129,7 +144,13 @@ def large_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTr
         eos_token_id=EOS,
     )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def large_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A random Llama of this shape, always the same one, made layer by layer: no 16-bit copy of it ever exists."""
+    torch.manual_seed(0)
+    model: Any = empty_model(shape, dtype)
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
