@@ -76,7 +76,7 @@ DIFFERENCES: dict[str, str] = {
 }
 
 CHOICES = {
-    "rollout_engine": ("hf", "continuous"),
+    "rollout_engine": ("hf", "merged", "continuous"),
     "on_reward_error": ("raise", "drop"),
     "kl_estimator": ("k1", "k2", "k3"),
     "kl_place": ("reward", "loss"),

@@ -61,8 +61,10 @@ class PPOConfig(EngineConfig):
     rollout_engine: str = field(
         default="hf",
         metadata={
-            "help": "hf: batched generation with a cache. continuous: transformers' continuous batching.",
-            "choices": ["hf", "continuous"],
+            "help": "hf: batched generation with a cache. merged: the same with merged copies of the adapted weights, "
+            "faster, for the memory of one more copy of them; not on quantized bases. continuous: transformers' "
+            "continuous batching.",
+            "choices": ["hf", "merged", "continuous"],
         },
     )
     rollout_batch_tokens: int | None = field(

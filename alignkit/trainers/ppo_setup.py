@@ -22,6 +22,7 @@ from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
 from alignkit.models.heads import VALUE, add_value_head
+from alignkit.models.lora import is_quantized
 from alignkit.rollout.continuous import ContinuousEngine
 from alignkit.rollout.engine import Endings, RolloutEngine, Sampling
 from alignkit.rollout.hf import HFEngine
@@ -228,9 +229,12 @@ def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig) -> Rollou
     Endings(bundle.base, tokenizer, sampling_of(args, args.temperature))
     model = cast(PeftModel, bundle.model)
     tokens = args.rollout_batch_tokens or ROLLOUT_TOKENS
-    if args.rollout_engine == "hf":
-        return HFEngine(model, tokenizer, max_batch_tokens=tokens)
-    return ContinuousEngine(model, tokenizer, max_cache_tokens=tokens)
+    if args.rollout_engine == "continuous":
+        return ContinuousEngine(model, tokenizer, max_cache_tokens=tokens)
+    is_merged = args.rollout_engine == "merged"
+    if is_merged and is_quantized(model):
+        raise ConfigError("rollout_engine='merged' needs a 16- or 32-bit base, and this one is quantized: use 'hf'.")
+    return HFEngine(model, tokenizer, max_batch_tokens=tokens, merge_adapters=is_merged)
 
 
 def sampling_of(args: PPOConfig, temperature: float) -> Sampling:

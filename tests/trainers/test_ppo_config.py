@@ -129,7 +129,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"advantage_estimator": "gea"},
         r"advantage_estimator='gea' is unknown\. Did you mean 'gae'",
     ),
-    "unknown engine": ({"rollout_engine": "vllm"}, r"rollout_engine='vllm' is unknown\..* Known: hf, continuous"),
+    "unknown engine": (
+        {"rollout_engine": "vllm"},
+        r"rollout_engine='vllm' is unknown\..* Known: hf, merged, continuous",
+    ),
     "unknown error handling": (
         {"on_reward_error": "dropp"},
         r"on_reward_error='dropp' is unknown\. Did you mean 'drop'",

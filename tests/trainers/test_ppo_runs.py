@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from alignkit.errors import ConfigError
 from alignkit.models.load import nf4
 from alignkit.trainers.ppo import PPOTrainer
 from alignkit.trainers.ppo_callbacks import PPOCallback
@@ -207,6 +208,27 @@ def test_a_four_bit_base(tmp_path: Path):
     assert all(not torch.equal(now[name], tensor) for name, tensor in start.items())
     assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
     assert trainer.state.log_history[0]["val/ratio"] == 1.0
+
+
+def test_merged_copies_are_refused_on_a_quantized_base(tmp_path: Path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="rollout_engine='merged' needs a 16- or 32-bit base"):
+        ppo_trainer(tmp_path, kind=_quantized(), model=str(tmp_path / "base"), rollout_engine="merged")
+
+
+def test_merged_copies_give_the_rollouts_of_the_adapter(tmp_path: Path):
+    found = {}
+    for engine in ("hf", "merged"):
+        trainer = ppo_trainer(tmp_path / engine, rollout_engine=engine, max_steps=4, learning_rate=1e-2)
+        base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        assert trainer._engine.merge_adapters == (engine == "merged")
+        trainer.train()
+        now = dict(trainer.model.named_parameters())
+        assert all(torch.equal(now[name], tensor) for name, tensor in base.items())
+        found[engine] = [completion.ids for completion in trainer.rollout.completions]
+        assert trainer.state.log_history[0]["val/ratio"] == 1.0
+    assert found["merged"] == found["hf"]
 
 
 def _quantized() -> Any:
