@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from alignkit.data.prompts import prepare_prompts
 from alignkit.data.report import PreparationReport
@@ -145,7 +145,7 @@ class PPOTrainer(Trainer):
         self.ppo_state = PPOState(args.kl_coef)
         self._minibatch = PooledWindow()  # of the optimizer step before
         self._is_stopped = False  # the rest of this rollout's steps is skipped
-        self._content: dict[str, Any] = {}  # of the checkpoint that is being written
+        self._content: dict[str, Any] | None = None  # of the checkpoint that is being written, if one is
         self._throughput = Throughput()
         for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
@@ -336,18 +336,18 @@ class PPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._content = self.ppo_state.content(self.accelerator)  # of all processes, and only the first one writes
         super()._save_checkpoint(model, trial)
+        self._content = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the policy's adapter alone; in a checkpoint, the other adapters, the value head and the state too."""
         if not self.args.should_save:
             return
         folder, model = Path(output_dir or str(self.args.output_dir)), cast(PeftModel, self.model)
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        adapters = None if is_checkpoint else [cast(str, self.bundle.adapters[POLICY])]
+        adapters = [cast(str, self.bundle.adapters[POLICY])] if self._content is None else None
         model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        if is_checkpoint:
+        if self._content is not None:
             save_state(folder, self._content, self.bundle)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
