@@ -64,8 +64,8 @@ class CallableReward:
         """
         return self.begin(inputs, BackgroundLoop(), None)()
 
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Check that a dataset with these columns has what the function asks for.
+    def check_columns(self, columns: Collection[str], dataset: str = "the dataset") -> None:
+        """Check that a dataset with these columns has what the function asks for; `dataset` is what to call it.
 
         Raises:
             ConfigError: it asks for something else.
@@ -74,7 +74,7 @@ class CallableReward:
         missing = [name for name in self._wants.required if name not in known]
         if missing:
             raise ConfigError(
-                f"reward '{self.names[0]}' asks for {_quoted(missing)}, which the dataset does not have."
+                f"reward '{self.names[0]}' asks for {_quoted(missing)}, which {dataset} does not have."
                 f"{nearest(missing[0], known)} Its columns: {_quoted(sorted(columns)) or 'none'}; always given: "
                 f"{_quoted(STANDARD_ARGUMENTS)}. Add the column, or give the parameter a default."
             )

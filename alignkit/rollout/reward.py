@@ -6,7 +6,7 @@ classifier (`alignkit.rollout.classifier`), an adapter on the policy's own base.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -46,9 +46,7 @@ class RewardInputs:
     trainer_state: TrainerState | None = None
 
     def __post_init__(self) -> None:
-        taken = sorted(self.columns.keys() & set(STANDARD_ARGUMENTS))
-        if taken:
-            raise DataError(f"the dataset's column '{taken[0]}' has the name of an argument of rewards; rename it")
+        check_column_names(self.columns)
         lists = {"completions": self.completions, "prompt_ids": self.prompt_ids, "completion_ids": self.completion_ids}
         for name, values in (lists | self.columns).items():
             if len(values) != len(self):
@@ -68,6 +66,17 @@ class RewardInputs:
             columns={name: values[rows] for name, values in self.columns.items()},
             trainer_state=self.trainer_state,
         )
+
+
+def check_column_names(columns: Iterable[str]) -> None:
+    """See that functions can be told of each column by its name.
+
+    Raises:
+        DataError: a column that has the name of a standard argument.
+    """
+    taken = sorted(set(columns) & set(STANDARD_ARGUMENTS))
+    if taken:
+        raise DataError(f"the dataset's column '{taken[0]}' has the name of an argument of rewards; rename it")
 
 
 class ComponentScores(NamedTuple):

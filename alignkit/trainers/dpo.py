@@ -52,8 +52,10 @@ from alignkit.trainers.setup import (
     build_bundle,
     build_policy,
     build_tokenizer,
+    check_arguments,
     check_dataset,
     check_devices,
+    check_optimizer,
     each_dataset,
     own_copy,
     remove_reference,
@@ -109,6 +111,7 @@ class DPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
+        check_arguments(args, DPOConfig)
         args = own_copy(args if args is not None else DPOConfig(f"{short_name(model)}-DPO"))
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
@@ -118,6 +121,7 @@ class DPOTrainer(Trainer):
         check_dataset(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config)
+        check_optimizer(optimizers[0], policy)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)

@@ -33,13 +33,13 @@ from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler
 from alignkit.trainers.ppo_evaluate import greedy_metrics
 from alignkit.trainers.ppo_loss import ppo_loss, token_columns
-from alignkit.trainers.ppo_metrics import check_component_names
-from alignkit.trainers.ppo_ptx import PTX, TextMix, check_ptx, prepare_texts, text_loss
+from alignkit.trainers.ppo_ptx import PTX, TEXTS, TextMix, check_ptx, prepare_texts, text_loss
 from alignkit.trainers.ppo_score import batch_of, score_episodes, score_tokens
 from alignkit.trainers.ppo_setup import (
     build_actor_critic,
     build_engine,
     build_rewards,
+    check_best_metric,
     fit_to_rollouts,
     refuse_unsupported,
     sampling_of,
@@ -52,7 +52,15 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
-from alignkit.trainers.setup import AnyDataset, build_tokenizer, each_dataset, own_copy, short_name
+from alignkit.trainers.setup import (
+    AnyDataset,
+    build_tokenizer,
+    check_arguments,
+    check_optimizer,
+    each_dataset,
+    own_copy,
+    short_name,
+)
 
 
 class PPOTrainer(Trainer):
@@ -110,8 +118,10 @@ class PPOTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of prompts")
+        check_arguments(args, PPOConfig)
         args = own_copy(args if args is not None else PPOConfig(f"{short_name(model)}-PPO"))
         check_ptx(ptx_dataset, args)
+        check_best_metric(args, eval_dataset)
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -120,10 +130,11 @@ class PPOTrainer(Trainer):
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         texts = None
         if ptx_dataset is not None:
-            texts, self.reports["ptx"] = prepare_texts(ptx_dataset, tokenizer, args)
+            texts, self.reports[TEXTS] = prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
-        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared)
-        check_component_names(self.rewards.names)
+        check_optimizer(optimizers[0], self.bundle.model)
+        classes = reward_processing_classes
+        self.rewards = build_rewards(reward_funcs, classes, self.bundle, args, prepared, prepared_eval)
         warn_low_lora_learning_rate(args)
         fit_to_rollouts(args)
         super().__init__(
@@ -137,7 +148,7 @@ class PPOTrainer(Trainer):
         )
         refuse_unsupported(self.accelerator, args)
         self._passes = passes_of(self)
-        self._engine = build_engine(self.bundle, tokenizer, args, max(self.reports["train"].token_lengths["prompt"]))
+        self._engine = build_engine(self.bundle, tokenizer, args, self.reports)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._sampler = RolloutSampler(len(prepared), args, process, processes)
         self._texts = None if texts is None else TextMix(texts, args, process, processes)
@@ -281,7 +292,7 @@ class PPOTrainer(Trainer):
             columns,
             layout,
             self.args,
-            kl_coef=self.ppo_state.kl_coef if self.args.kl_place == "loss" else 0.0,
+            kl_coef=cast(Rollout, self.rollout).kl_coef if self.args.kl_place == "loss" else 0.0,
             policy_weight=0.0 if self._is_warming_up else 1.0,
         )
         self.ppo_state.window.add(metrics)
@@ -319,6 +330,13 @@ class PPOTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise ConfigError(
+            "PPOTrainer predicts nothing: evaluate(dataset) reports how greedy completions are rewarded, and "
+            "alignkit.evaluation.rollouts.summarize_rollouts(trainer, dataset) returns them one by one"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to `logs`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from alignkit.data.collate import pairs_of
 from alignkit.data.layout import layout_function
+from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.adapters import keep_adapters_fp32, reference_adapter
 from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
@@ -33,8 +35,10 @@ from alignkit.trainers.passes import refuse_data_parallel
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import OWN_COLUMNS
+from alignkit.trainers.ppo_metrics import check_component_names
+from alignkit.trainers.ppo_ptx import TEXTS
 from alignkit.trainers.ppo_score import groups_batch
-from alignkit.trainers.setup import build_policy
+from alignkit.trainers.setup import build_policy, each_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +107,14 @@ def build_rewards(
     reward_processing_classes: Any,
     bundle: ModelBundle,
     args: PPOConfig,
-    dataset: Dataset,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | Mapping[str, Dataset] | None,
 ) -> RewardMix:
     """Everything that rewards a completion, as one weighted sum.
 
     Raises:
-        ConfigError: weights that do not match, or a function that asks for a column that the dataset lacks.
+        ConfigError: weights that do not match, or a function that asks for a column that a dataset lacks.
+        DataError: a column that has the name of an argument of rewards.
         ModelError: a classifier or reward adapter that cannot be loaded.
     """
     made: list[AdapterReward] = []
@@ -125,8 +131,14 @@ def build_rewards(
         trust_remote_code=args.trust_remote_code,
     )
     on_error: Any = args.on_reward_error
-    mix = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
-    mix.check_columns([name for name in dataset.column_names if name not in OWN_COLUMNS])
+    mix = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s, args.reward_batch_size)
+
+    def check(dataset: Dataset, name: str) -> None:
+        mix.check_columns([column for column in dataset.column_names if column not in OWN_COLUMNS], name)
+
+    check(train_dataset, "train_dataset")
+    each_dataset(eval_dataset, check, "eval_dataset")
+    check_component_names(mix.names)
     return mix
 
 
@@ -142,6 +154,11 @@ def fit_to_rollouts(args: PPOConfig) -> None:
     """
     args.ddp_find_unused_parameters = False
     steps = steps_per_rollout(args)
+    if args.save_strategy == "best" and args.eval_strategy == "steps" and (args.eval_steps or 1) % steps:
+        before, args.eval_steps = args.eval_steps, math.ceil((args.eval_steps or 1) / steps) * steps
+        logger.warning(
+            "eval_steps=%g becomes %d: the best model's checkpoint is made between rollouts", before, args.eval_steps
+        )
     if args.save_strategy != "steps" or args.save_steps % steps == 0:
         return
     if args.save_steps < 1:
@@ -162,6 +179,20 @@ def fit_to_rollouts(args: PPOConfig) -> None:
             "eval_steps=%g becomes %d too: the best model is one of the checkpoints", args.eval_steps, rounded
         )
         args.eval_steps = rounded
+
+
+def check_best_metric(args: PPOConfig, eval_dataset: Any) -> None:
+    """See that the measure of the best model is one that several evaluation sets have together.
+
+    Raises:
+        ConfigError: each of them has its own.
+    """
+    if args.metric_for_best_model in ("reward", "eval_reward") and isinstance(eval_dataset, Mapping):
+        first = next(iter(eval_dataset))
+        raise ConfigError(
+            f"metric_for_best_model='reward': each of the evaluation sets {list(eval_dataset)} has a reward of its "
+            f"own. Choose one: metric_for_best_model='{first}_reward'."
+        )
 
 
 def refuse_unsupported(accelerator: Accelerator, args: PPOConfig) -> None:
@@ -191,8 +222,10 @@ def reward_shaping(args: PPOConfig) -> RewardShaping:
     return RewardShaping(clip_range=clip, missing_eos_penalty=args.missing_eos_penalty or 0.0, overlong=overlong)
 
 
-def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig, longest_prompt_tokens: int) -> RolloutEngine:
-    """The engine that writes completions.
+def build_engine(
+    bundle: ModelBundle, tokenizer: Any, args: PPOConfig, reports: Mapping[str, PreparationReport]
+) -> RolloutEngine:
+    """The engine that writes completions; `reports` tell of the prompts that it will be given.
 
     Raises:
         ConfigError: nothing could end a completion.
@@ -201,7 +234,8 @@ def build_engine(bundle: ModelBundle, tokenizer: Any, args: PPOConfig, longest_p
     """
     sampling = sampling_of(args, args.temperature)
     Endings(bundle.base, tokenizer, sampling)
-    check_request(bundle.base, [[0] * longest_prompt_tokens], [[0]], sampling)
+    longest = max(max(report.token_lengths["prompt"]) for name, report in reports.items() if name != TEXTS)
+    check_request(bundle.base, [[0] * longest], [[0]], sampling)
     model = cast(PeftModel, bundle.model)
     tokens = args.rollout_batch_tokens or ROLLOUT_TOKENS
     if args.rollout_engine == "hf":

@@ -38,7 +38,15 @@ from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
 from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
-from alignkit.trainers.setup import AnyDataset, build_policy, each_dataset, own_copy, short_name
+from alignkit.trainers.setup import (
+    AnyDataset,
+    build_policy,
+    check_arguments,
+    check_optimizer,
+    each_dataset,
+    own_copy,
+    short_name,
+)
 
 COLUMNS = (*ID_COLUMNS, "margin", "weight")
 
@@ -97,6 +105,7 @@ class RewardTrainer(Trainer):
     ) -> None:
         if train_dataset is None:
             raise ConfigError("train_dataset is required: pass a dataset of preferences")
+        check_arguments(args, RewardConfig)
         args = own_copy(args if args is not None else RewardConfig(f"{short_name(model)}-Reward"))
         set_seed(args.seed)
         tokenizer = reward_tokenizer(processing_class, model, args)
@@ -106,6 +115,7 @@ class RewardTrainer(Trainer):
         check_reward_data(prepared, args)
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         policy = build_policy(model, args, quantization_config, peft_config, reward_heads=args.num_heads)
+        check_optimizer(optimizers[0], policy)
         worn = policy.active_adapters[0] if isinstance(policy, PeftModel) else None
         self.bundle = ModelBundle(policy, adapters={REWARD: worn}, heads={REWARD: SCORE})
         if worn is not None:
