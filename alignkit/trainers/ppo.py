@@ -133,8 +133,7 @@ class PPOTrainer(Trainer):
             texts, self.reports[TEXTS] = prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
         check_optimizer(optimizers[0], self.bundle.model)
-        classes = reward_processing_classes
-        self.rewards = build_rewards(reward_funcs, classes, self.bundle, args, prepared, prepared_eval)
+        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared, prepared_eval)
         warn_low_lora_learning_rate(args)
         fit_to_rollouts(args)
         super().__init__(
