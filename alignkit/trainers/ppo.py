@@ -39,7 +39,6 @@ from alignkit.trainers.ppo_setup import (
     build_actor_critic,
     build_engine,
     build_rewards,
-    check_best_metric,
     fit_to_rollouts,
     refuse_unsupported,
     sampling_of,
@@ -121,7 +120,6 @@ class PPOTrainer(Trainer):
         check_arguments(args, PPOConfig)
         args = own_copy(args if args is not None else PPOConfig(f"{short_name(model)}-PPO"))
         check_ptx(ptx_dataset, args)
-        check_best_metric(args, eval_dataset)
         set_seed(args.seed)
         tokenizer = build_tokenizer(processing_class, model, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -133,9 +131,10 @@ class PPOTrainer(Trainer):
             texts, self.reports[TEXTS] = prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
         check_optimizer(optimizers[0], self.bundle.model)
-        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, prepared, prepared_eval)
+        datasets = (prepared, prepared_eval)
+        self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, *datasets)
         warn_low_lora_learning_rate(args)
-        fit_to_rollouts(args)
+        fit_to_rollouts(args, eval_dataset)
         super().__init__(
             model=self.bundle.model,
             args=args,
@@ -148,9 +147,9 @@ class PPOTrainer(Trainer):
         refuse_unsupported(self.accelerator, args)
         self._passes = passes_of(self)
         self._engine = build_engine(self.bundle, tokenizer, args, self.reports)
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self._sampler = RolloutSampler(len(prepared), args, process, processes)
-        self._texts = None if texts is None else TextMix(texts, args, process, processes)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        self._sampler = RolloutSampler(len(prepared), args, *place)
+        self._texts = None if texts is None else TextMix(texts, args, *place)
         self.rollout: Rollout | None = None
         self.ppo_state = PPOState(args.kl_coef)
         self._minibatch = PooledWindow()  # of the optimizer step before

@@ -142,7 +142,7 @@ def build_rewards(
     return mix
 
 
-def fit_to_rollouts(args: PPOConfig) -> None:
+def fit_to_rollouts(args: PPOConfig, eval_dataset: Any) -> None:
     """Set what rollouts ask of Trainer.
 
     `save_steps` is rounded up to whole rollouts: between two optimizer steps of one, its episodes are state too. DDP
@@ -152,6 +152,7 @@ def fit_to_rollouts(args: PPOConfig) -> None:
     Raises:
         ConfigError: `save_steps` as a fraction of a run whose length is not known yet.
     """
+    check_best_metric(args, eval_dataset)
     args.ddp_find_unused_parameters = False
     steps = steps_per_rollout(args)
     if args.save_strategy == "best" and args.eval_strategy == "steps" and (args.eval_steps or 1) % steps:
