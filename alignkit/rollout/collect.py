@@ -87,6 +87,7 @@ class Rollout:
         mask: boolean `(B, T)`, True for the tokens that are trained on; a dropped sample has none.
         tokens: log-probs, reference log-probs, values, entropies.
         advantages, returns: `(B, T)`.
+        kl_coef: weight of the KL penalty of these episodes, wherever it is charged.
         seconds: what each stage took.
     """
 
@@ -100,6 +101,7 @@ class Rollout:
     tokens: TokenTable
     advantages: Tensor
     returns: Tensor
+    kl_coef: float
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -35,12 +35,14 @@ class RewardResult(NamedTuple):
         components: by name, what each source said, `(B,)`; of samples that are not kept too, where it said something.
         kept: boolean `(B,)`, False for dropped samples.
         dropped: `"<source>: <reason>"` to the number of samples that were dropped for it; each counts once.
+        fault: what the first failure said; empty where there was none.
     """
 
     totals: Tensor
     components: dict[str, ComponentScores]
     kept: Tensor
     dropped: dict[str, int]
+    fault: str = ""
 
 
 class _Outcome(NamedTuple):
@@ -118,7 +120,7 @@ class RewardMix:
 
         Raises:
             RewardError: a source failed on a sample and `on_error` is "raise".
-            TrainingError: no source applies to a sample and `on_error` is "raise"; or every sample was dropped.
+            TrainingError: no source applies to a sample and `on_error` is "raise".
             ConfigError: a function asks for a column that is not there.
             DataError: there are no samples.
         """
@@ -129,8 +131,6 @@ class RewardMix:
         applies = torch.cat([outcome.scores.applies for outcome in outcomes], dim=1)  # (B, K)
         causes = self._causes(outcomes, applies)
         kept = torch.tensor([index not in causes for index in range(len(inputs))])
-        if not kept.any():
-            raise TrainingError(self._all_dropped(causes, outcomes))
         totals = (torch.where(applies, values, 0.0) * self._weights).sum(dim=1)  # (B,)
         columns = zip(self.names, values.unbind(1), applies.unbind(1), strict=True)
         return RewardResult(
@@ -138,6 +138,7 @@ class RewardMix:
             components={name: ComponentScores(column, counts) for name, column, counts in columns},
             kept=kept,
             dropped=dict(Counter(causes.values())),
+            fault=next((fault.message for outcome in outcomes for fault in outcome.faults.values()), ""),
         )
 
     def _outcomes(self, inputs: RewardInputs) -> list[_Outcome]:
@@ -194,10 +195,11 @@ class RewardMix:
             causes.setdefault(index, NOTHING_APPLIES)
         return causes
 
-    def _all_dropped(self, causes: dict[int, str], outcomes: list[_Outcome]) -> str:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(causes.values()).items())
-        first = next((fault.message for outcome in outcomes for fault in outcome.faults.values()), "")
-        return f"all {len(causes)} samples were dropped, so there is nothing to learn from: {reasons}. {first}".rstrip()
+
+def why_all_dropped(rewards: RewardResult) -> str:
+    """Say why nothing is left of rewards of which every sample was dropped."""
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in rewards.dropped.items())
+    return f"all {len(rewards.kept)} samples were dropped: {reasons}. {rewards.fault}".rstrip()
 
 
 def numbered(names: Sequence[str]) -> list[str]:

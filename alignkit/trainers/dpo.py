@@ -55,6 +55,7 @@ from alignkit.trainers.setup import (
     build_tokenizer,
     check_dataset,
     check_devices,
+    check_optimizer,
     each_dataset,
     own_copy,
     remove_reference,
@@ -121,6 +122,7 @@ class DPOTrainer(Trainer):
         check_evaluation(prepared_eval, args)
         policy = build_policy(model, args, quantization_config, peft_config)
         check_pairs(named_datasets(prepared, prepared_eval), policy)
+        check_optimizer(optimizers[0], policy)
         self.bundle = build_bundle(policy, ref_model, args, is_new_adapter=peft_config is not None)
         if isinstance(policy, PeftModel):
             warn_low_lora_learning_rate(args)

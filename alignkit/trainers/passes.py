@@ -127,6 +127,18 @@ def count_rows(batches: Iterable[Mapping[str, Tensor]], accelerator: Accelerator
     return cast(Tensor, accelerator.reduce(rows, reduction="sum"))
 
 
+def rows_not_repeated(rows: int, accelerator: Accelerator) -> int:
+    """How many of the rows of this process's evaluation batch count.
+
+    Where the last batches of all processes would differ in size, accelerate fills them up with rows that were there
+    before; Trainer takes those out of the predictions, and so must whatever else is measured.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+
+
 def share_of_step(losses: Tensor, rows_in_step: Tensor | None, accelerator: Accelerator) -> Tensor:
     """A chunk's share of the mean loss over an optimizer step's rows, whatever its micro-batches hold.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from alignkit.data.prompts import prepare_prompts
 from alignkit.data.report import PreparationReport
@@ -34,7 +34,7 @@ from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler
 from alignkit.trainers.ppo_evaluate import greedy_metrics
 from alignkit.trainers.ppo_loss import ppo_loss, token_columns
-from alignkit.trainers.ppo_ptx import PTX, TextMix, check_ptx, prepare_texts, text_loss
+from alignkit.trainers.ppo_ptx import PTX, TEXTS, TextMix, check_ptx, prepare_texts, text_loss
 from alignkit.trainers.ppo_score import batch_of, score_episodes, score_tokens
 from alignkit.trainers.ppo_setup import (
     build_actor_critic,
@@ -53,7 +53,14 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
-from alignkit.trainers.setup import AnyDataset, build_tokenizer, each_dataset, own_copy, short_name
+from alignkit.trainers.setup import (
+    AnyDataset,
+    build_tokenizer,
+    check_optimizer,
+    each_dataset,
+    own_copy,
+    short_name,
+)
 
 
 class PPOTrainer(Trainer):
@@ -120,13 +127,12 @@ class PPOTrainer(Trainer):
         prepared: Any = prepare(train_dataset, "train")
         prepared_eval: Any = each_dataset(eval_dataset, prepare, "eval")
         check_evaluation(prepared_eval, args)
-        texts = None
-        if ptx_dataset is not None:
-            texts, self.reports["ptx"] = prepare_texts(ptx_dataset, tokenizer, args)
+        texts = None if ptx_dataset is None else self._prepare_texts(ptx_dataset, tokenizer, args)
         self.bundle, self._critic = build_actor_critic(model, args, quantization_config, peft_config)
         self.rewards = build_rewards(reward_funcs, reward_processing_classes, self.bundle, args, lambda: self._passes)
+        check_optimizer(optimizers[0], self.bundle.model)
         warn_low_lora_learning_rate(args)
-        fit_to_rollouts(args)
+        fit_to_rollouts(args, eval_dataset)
         super().__init__(
             model=self.bundle.model,
             args=args,
@@ -140,19 +146,18 @@ class PPOTrainer(Trainer):
         self._passes = passes_of(self)
         self._engine = build_engine(self.bundle, tokenizer, args)
         check_prompts(named_datasets(prepared, prepared_eval), self.bundle.base, self.rewards, args)
-        check_pairs({} if texts is None else {"ptx": texts}, self.bundle.base)
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self._sampler = RolloutSampler(len(prepared), args, process, processes)
-        self._texts = None if texts is None else TextMix(texts, args, process, processes)
+        check_pairs({} if texts is None else {TEXTS: texts}, self.bundle.base)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        self._sampler = RolloutSampler(len(prepared), args, *place)
+        self._texts = None if texts is None else TextMix(texts, args, *place)
         self.rollout: Rollout | None = None
         self.ppo_state = PPOState(args.kl_coef)
-        self._minibatch = PooledWindow()  # of the optimizer step before
+        self._minibatch, self._throughput = PooledWindow(), Throughput()  # the former of the optimizer step before
         self._is_stopped = False  # the rest of this rollout's steps is skipped
-        self._content: dict[str, Any] = {}  # of the checkpoint that is being written
-        self._throughput = Throughput()
-        for callback in (*engine_callbacks(self.bundle, args), *reporting_callbacks(callbacks or ())):
+        self._content: dict[str, Any] | None = None  # of the checkpoint that is being written, if one is
+        own = *engine_callbacks(self.bundle, args), PauseScaler(self.accelerator, lambda: self._is_stopped)
+        for callback in (*own, *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
-        self.add_callback(PauseScaler(self.accelerator, lambda: self._is_stopped))
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
 
@@ -168,6 +173,10 @@ class PPOTrainer(Trainer):
             name=name,
         )
         return prepared
+
+    def _prepare_texts(self, dataset: Dataset | list, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Dataset:
+        texts, self.reports[TEXTS] = prepare_texts(dataset, tokenizer, args)
+        return texts
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of row numbers: what Trainer counts steps by. It is not sharded; the sampler knows its process."""
@@ -285,7 +294,7 @@ class PPOTrainer(Trainer):
             columns,
             layout,
             self.args,
-            kl_coef=self.ppo_state.kl_coef if self.args.kl_place == "loss" else 0.0,
+            kl_coef=cast(Rollout, self.rollout).kl_coef if self.args.kl_place == "loss" else 0.0,
             policy_weight=0.0 if self._is_warming_up else 1.0,
         )
         self.ppo_state.window.add(metrics)
@@ -325,6 +334,13 @@ class PPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise ConfigError(
+            "PPOTrainer predicts nothing: evaluate(dataset) reports how greedy completions are rewarded, and "
+            "alignkit.evaluation.rollouts.summarize_rollouts(trainer, dataset) returns them one by one"
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to `logs`."""
         if "loss" in logs:
@@ -341,18 +357,18 @@ class PPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._content = self.ppo_state.content(self.accelerator)  # of all processes, and only the first one writes
         super()._save_checkpoint(model, trial)
+        self._content = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the policy's adapter alone; in a checkpoint, the other adapters, the value head and the state too."""
         if not self.args.should_save:
             return
         folder, model = Path(output_dir or str(self.args.output_dir)), cast(PeftModel, self.model)
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        adapters = None if is_checkpoint else [cast(str, self.bundle.adapters[POLICY])]
+        adapters = [cast(str, self.bundle.adapters[POLICY])] if self._content is None else None
         model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        if is_checkpoint:
+        if self._content is not None:
             save_state(folder, self._content, self.bundle)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -25,7 +25,14 @@ from alignkit.rollout.mix import RewardResult
 from alignkit.trainers.pooled import Pooled
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_metrics import completion_metrics, reward_metrics, shaping_metrics, value_metrics
-from alignkit.trainers.ppo_samples import append_rows, keep_rows_before, sample_rows, samples_table, send_to_trackers
+from alignkit.trainers.ppo_samples import (
+    append_rows,
+    keep_rows_before,
+    put_aside,
+    sample_rows,
+    samples_table,
+    send_to_trackers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +150,8 @@ class RolloutCallback(PPOCallback):
 
     Samples are the first ones of a rollout, not chosen by anything. They go to the console as a table, to
     `rollouts.jsonl` in `output_dir` (there all completions of the rollout), and to Weights & Biases and TensorBoard
-    where the run reports to them. A resumed run first takes out of the file what it will make again.
+    where the run reports to them. A new run puts an earlier one's file aside, as `rollouts-1.jsonl` and so on; a
+    resumed run takes out of its own file what it will make again.
 
     Args:
         every_rollouts: rollouts from one report to the next; the first is always reported.
@@ -164,6 +172,8 @@ class RolloutCallback(PPOCallback):
     def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             path = Path(str(args.output_dir)) / SAMPLES_FILE
+            if not state.global_step and path.is_file():
+                logger.warning("%s: an earlier run's samples are now in %s", path, put_aside(path))
             removed = keep_rows_before(path, state.global_step)
             if removed:
                 logger.warning(

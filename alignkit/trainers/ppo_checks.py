@@ -95,6 +95,7 @@ RANGES: dict[str, Range] = {
     "temperature": Range(lambda x: x > 0, "positive: greedy completions (0) explore nothing. Usual: 0.7 to 1"),
     "rollout_batch_tokens": AT_LEAST_ONE._replace(optional=True),
     "reward_timeout_s": POSITIVE._replace(optional=True),
+    "reward_batch_size": AT_LEAST_ONE._replace(optional=True),
     "reward_clip": POSITIVE._replace(optional=True),
     "missing_eos_penalty": NOT_NEGATIVE._replace(optional=True),
     "overlong_buffer_tokens": Range(lambda n: n >= 0, "a whole number, 0 or more", whole=True),
@@ -194,6 +195,20 @@ def check_generations(args: PPOConfig) -> None:
         refuse(args, "num_generations", "advantage_estimator='rloo' compares completions of a prompt: set 2 or more")
 
 
+def check_best_metric(args: PPOConfig) -> None:
+    """A measure that evaluations do not have, or one that a schedule would read the wrong way round."""
+    by_metric = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    if by_metric and (args.metric_for_best_model is None or "mode" not in (args.lr_scheduler_kwargs or {})):
+        refuse(
+            args,
+            "lr_scheduler_type",
+            "goes by a measure, of which it takes lower values for better ones: set metric_for_best_model='reward' "
+            "and lr_scheduler_kwargs={'mode': 'max'}",
+        )
+    if args.metric_for_best_model in ("loss", "eval_loss"):
+        refuse(args, "metric_for_best_model", "evaluations have no loss: choose 'reward' or 'kl'")
+
+
 def check_weights(args: PPOConfig) -> None:
     """Reward weights that are no numbers."""
     if args.reward_weights is not None and not isinstance(args.reward_weights, list | tuple):
@@ -212,6 +227,7 @@ CHECKS: tuple[Check, ...] = (
     check_kl_place,
     check_lengths,
     check_generations,
+    check_best_metric,
     check_weights,
     check_stop_strings,
 )

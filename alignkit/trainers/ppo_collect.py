@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from datasets import Dataset
 
+from alignkit.errors import TrainingError
 from alignkit.functional.kl import k1
 from alignkit.rollout.collect import AdvantageRule, Rollout, advantages_of, scored, token_mask
+from alignkit.rollout.mix import why_all_dropped
 from alignkit.trainers.pooled import Pooled
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_data import take_prompts
@@ -27,6 +29,9 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
     """Collect the episodes of these rows of the training data, with the policy as it is.
 
     The KL coefficient moves afterwards; the rollout itself keeps the one that it began with.
+
+    Raises:
+        TrainingError: every sample of every process was dropped.
     """
     args, state = trainer.args, trainer.ppo_state
     key = f"{args.seed}/{trainer.state.global_step // steps_per_rollout(args)}"
@@ -34,6 +39,8 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
     trainer.event("on_rollout_begin")
     prompts = take_prompts(cast(Dataset, trainer.train_dataset), rows, args.num_generations, key)
     completions, texts, rewards, seconds = trainer.complete(prompts, temperature=args.temperature)
+    if not gathered(rewards.kept).any():  # of all processes; one of them may have lost all of its own
+        raise TrainingError(f"{why_all_dropped(rewards)} There is nothing to learn from.")
     trainer.event("on_rewards", rewards=rewards, metrics=metrics)
     moments = state.moments if args.normalize_rewards else None
     if moments is not None:
@@ -56,11 +63,12 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
         tokens=tokens,
         advantages=advantages,
         returns=returns,
+        kl_coef=state.kl_coef,
         seconds=seconds,
     )
     trainer.event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
     metrics |= rollout_metrics(rollout, kl_coef=rule.kl_coef) | ensemble_metrics(spreads(trainer.rewards))
-    trainer.event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=state.kl_coef, moments=moments)
+    trainer.event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=rollout.kl_coef, moments=moments)
     state.window.add(metrics)
     if args.kl_target is not None:
         kl = torch.where(mask, k1(tokens.logps, tokens.ref_logps), 0).sum(1)  # (B,)

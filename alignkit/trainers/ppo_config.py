@@ -86,6 +86,10 @@ class PPOConfig(EngineConfig):
     reward_timeout_s: float | None = field(
         default=None, metadata={"help": "Seconds that a reward may take. None: no limit."}
     )
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Samples that a reward function gets in one call, and loses if it fails. None: a rollout's."},
+    )
     reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to ± this. Usual: 5 to 10."})
     normalize_rewards: bool = field(
         default=False, metadata={"help": "Divide scores by their running deviation, less their running mean."}

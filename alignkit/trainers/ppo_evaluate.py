@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from alignkit.errors import TrainingError
 from alignkit.functional.kl import k1
 from alignkit.rollout.collect import Prompts, token_mask
 from alignkit.rollout.engine import Completion
@@ -50,6 +51,9 @@ def greedy_metrics(trainer: PPOTrainer, dataset: Dataset) -> dict[str, float]:
     Returns:
         `reward` and `reward_std` (the weighted sum, before shaping), `kl` (k1, nats per completion),
         `mean_length` (tokens), `eos_rate`, and `rewards/*` of each component.
+
+    Raises:
+        TrainingError: every completion was dropped.
     """
     window = PooledWindow()
     for batch in greedy_batches(trainer, dataset):
@@ -57,7 +61,13 @@ def greedy_metrics(trainer: PPOTrainer, dataset: Dataset) -> dict[str, float]:
     if not window.figures():  # more processes than prompts: figures of the same names, in which nothing counts
         of_one = _metrics_of(_complete(trainer, dataset, [0]))
         window.add({name: Pooled(kind, 0 * sums) for name, (kind, sums) in of_one.items()})
-    return window.means(trainer.accelerator)
+    found = window.means(trainer.accelerator)
+    if "reward" not in found:
+        raise TrainingError(
+            f"none of the {len(dataset)} held-out completions has a reward: all were dropped. on_reward_error='raise' "
+            "stops at the first of them and says why."
+        )
+    return found
 
 
 def greedy_batches(trainer: PPOTrainer, dataset: Dataset) -> Iterator[GreedyBatch]:
@@ -65,6 +75,8 @@ def greedy_batches(trainer: PPOTrainer, dataset: Dataset) -> Iterator[GreedyBatc
     accelerator = trainer.accelerator
     rows = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     size = max(FEWEST_PROMPTS, trainer.args.per_device_eval_batch_size)
+    if not rows:  # forward passes are where processes meet (layout, DDP's buffers), so each makes one
+        _complete(trainer, dataset, [0])
     for start in range(0, len(rows), size):
         yield _complete(trainer, dataset, rows[start : start + size])
 

@@ -22,6 +22,7 @@ from alignkit.trainers.ppo_data import completion_seed
 from alignkit.trainers.ppo_score import groups_batch
 
 _LABEL = "label"
+TEXTS = "ptx"  # what the dataset is called in reports
 PTX = "ptx_tokens"  # the column that tells a batch of texts from one of episodes
 
 
@@ -36,7 +37,7 @@ def prepare_texts(
     Raises:
         DataError: columns that make no known format, or too many rows that cannot be used.
     """
-    name, label = "ptx", {_LABEL: True}
+    name, label = TEXTS, {_LABEL: True}
     columns = columns_of(dataset, name)
     if _LABEL not in columns and not {"chosen", "chosen_ids"} & set(columns):
         columns = [*columns, _LABEL]

@@ -115,6 +115,14 @@ def keep_rows_before(path: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
+def put_aside(path: Path) -> Path:
+    """Rename a file `x.jsonl` to `x-1.jsonl`, or the next number that is free, and return where it lies."""
+    number = 1
+    while (target := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
 def send_to_trackers(rows: Sequence[dict[str, Any]], report_to: Sequence[str], folder: Path) -> None:
     """Show rows in Weights & Biases as a table, in TensorBoard as text, where the run reports to them.
 

@@ -128,7 +128,7 @@ def build_rewards(
         trust_remote_code=args.trust_remote_code,
     )
     on_error: Any = args.on_reward_error
-    rewards = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s)
+    rewards = RewardMix(sources, args.reward_weights, on_error, args.reward_timeout_s, args.reward_batch_size)
     check_component_names(rewards.names)
     return rewards
 
@@ -158,7 +158,7 @@ def check_prompts(datasets: Mapping[str, Dataset], model: PreTrainedModel, rewar
             )
 
 
-def fit_to_rollouts(args: PPOConfig) -> None:
+def fit_to_rollouts(args: PPOConfig, eval_dataset: Any) -> None:
     """Set what rollouts ask of Trainer.
 
     `save_steps` is rounded up to whole rollouts: between two optimizer steps of one, its episodes are state too. DDP
@@ -168,8 +168,14 @@ def fit_to_rollouts(args: PPOConfig) -> None:
     Raises:
         ConfigError: `save_steps` as a fraction of a run whose length is not known yet.
     """
+    check_best_metric(args, eval_dataset)
     args.ddp_find_unused_parameters = False
     steps = steps_per_rollout(args)
+    if args.save_strategy == "best" and args.eval_strategy == "steps" and (args.eval_steps or 1) % steps:
+        before, args.eval_steps = args.eval_steps, math.ceil((args.eval_steps or 1) / steps) * steps
+        logger.warning(
+            "eval_steps=%g becomes %d: the best model's checkpoint is made between rollouts", before, args.eval_steps
+        )
     if args.save_strategy != "steps" or args.save_steps % steps == 0:
         return
     if args.save_steps < 1:
@@ -190,6 +196,20 @@ def fit_to_rollouts(args: PPOConfig) -> None:
             "eval_steps=%g becomes %d too: the best model is one of the checkpoints", args.eval_steps, rounded
         )
         args.eval_steps = rounded
+
+
+def check_best_metric(args: PPOConfig, eval_dataset: Any) -> None:
+    """See that the measure of the best model is one that several evaluation sets have together.
+
+    Raises:
+        ConfigError: each of them has its own.
+    """
+    if args.metric_for_best_model in ("reward", "eval_reward") and isinstance(eval_dataset, Mapping):
+        first = next(iter(eval_dataset))
+        raise ConfigError(
+            f"metric_for_best_model='reward': each of the evaluation sets {list(eval_dataset)} has a reward of its "
+            f"own. Choose one: metric_for_best_model='{first}_reward'."
+        )
 
 
 def refuse_unsupported(accelerator: Accelerator, args: PPOConfig) -> None:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alignkit.errors import CheckpointError
 from alignkit.functional.kl import adaptive_kl_coef
@@ -91,11 +91,14 @@ def read_state(folder: Path, bundle: ModelBundle, args: PPOConfig) -> dict[str, 
     Raises:
         CheckpointError: a checkpoint of another trainer, an incomplete one, or one from the middle of a rollout.
     """
-    wanted = [STATE_FILE, TRAINER_STATE_NAME, *([VALUE_FILE] if VALUE in bundle.heads else [])]
+    # Trainer itself would begin anew, without a word, with an optimizer or a schedule that it does not find.
+    wanted = [STATE_FILE, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME]
+    wanted += [VALUE_FILE] if VALUE in bundle.heads else []
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} has no {', '.join(missing)}: it is not a whole checkpoint of PPOTrainer. Resume from another."
+            f"{folder} has no {', '.join(missing)}: it is not a whole checkpoint of PPOTrainer. Resume from another, "
+            "or start anew from this one's adapter."
         )
     state, steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)), steps_per_rollout(args)
     if state.global_step % steps:

@@ -33,13 +33,21 @@ from alignkit.trainers.passes import (
     count_rows,
     passes_of,
     refuse_data_parallel,
+    rows_not_repeated,
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
 from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
-from alignkit.trainers.setup import AnyDataset, build_policy, each_dataset, own_copy, short_name
+from alignkit.trainers.setup import (
+    AnyDataset,
+    build_policy,
+    check_optimizer,
+    each_dataset,
+    own_copy,
+    short_name,
+)
 
 COLUMNS = (*ID_COLUMNS, "margin", "weight")
 
@@ -109,6 +117,7 @@ class RewardTrainer(Trainer):
         check_evaluation(prepared_eval, args)
         policy = build_policy(model, args, quantization_config, peft_config, reward_heads=args.num_heads)
         check_pairs(named_datasets(prepared, prepared_eval), policy)
+        check_optimizer(optimizers[0], policy)
         worn = policy.active_adapters[0] if isinstance(policy, PeftModel) else None
         self.bundle = ModelBundle(policy, adapters={REWARD: worn}, heads={REWARD: SCORE})
         if worn is not None:
@@ -225,8 +234,8 @@ class RewardTrainer(Trainer):
         rewards = self.bundle.values(layout, layout.last_index, role=REWARD, wrapped=model)  # (2B, K)
         chosen, rejected = rewards[0::2], rewards[1::2]
         losses = self._objective(chosen, rejected, inputs).losses
-        self._windows["train" if model.training else "eval"].add(chosen, rejected)
         if model.training:
+            self._windows["train"].add(chosen, rejected)
             self._throughput.add(len(losses), layout.tokens)
         loss = share_of_step(losses, num_items_in_batch, self.accelerator)
         return (loss, (chosen, rejected)) if return_outputs else loss
@@ -253,7 +262,10 @@ class RewardTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(inputs)]
         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-        loss = self._objective(chosen, rejected, inputs).losses.mean()
+        own = rows_not_repeated(len(chosen), self.accelerator)
+        self._windows["eval"].add(chosen[:own], rejected[:own])
+        losses = self._objective(chosen, rejected, inputs).losses
+        loss = losses[:own].mean() if own else losses.mean()  # the latter is not counted
         if prediction_loss_only:
             return loss, None, None
         return loss, (chosen, rejected), torch.ones(len(chosen), dtype=torch.bool, device=loss.device)

@@ -215,6 +215,27 @@ def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
     return args
 
 
+def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
+    """See that an optimizer which the caller made trains everything that is to be trained.
+
+    Adapters and heads that the trainer adds come after it was made, and would never move, without a word.
+
+    Raises:
+        ConfigError: a trainable parameter is not among the optimizer's.
+    """
+    if optimizer is None:
+        return
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in wanted.items() if parameter not in known]
+    if missing:
+        raise ConfigError(
+            f"the optimizer in `optimizers` lacks {len(missing)} of {len(wanted)} trainable parameters, such as "
+            f"'{missing[-1]}', which would never move: the trainer adds new adapters and heads to the model. Leave it "
+            "out, and choose with optim, learning_rate and the like."
+        )
+
+
 def short_name(model: str | Path | PreTrainedModel | PeftModel) -> str:
     """The last part of a model's name, to call a run by."""
     name = str(model) if isinstance(model, str | Path) else model.config._name_or_path

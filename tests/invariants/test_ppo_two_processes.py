@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.invariants import ppo_two_process_run
-from tests.invariants.ppo_two_process_run import SCENARIOS
+from tests.invariants.ppo_two_process_run import REWARD_MODEL, SCENARIOS
 from tests.tiny_preferences import assert_close_tensors
 
 pytestmark = pytest.mark.slow  # three Python processes import torch and transformers
@@ -49,3 +49,10 @@ def test_two_processes_equal_one(name: str, results: tuple[dict[str, Any], dict[
     for found, expected in zip(two["logs"], one["logs"], strict=True):
         assert len(expected) >= 2
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_reward_model_is_evaluated_alike(results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    one, two = (result[REWARD_MODEL] for result in results)
+    assert [evaluation["eval_accuracy"] for evaluation in one] != [1.0, 1.0]
+    for found, expected in zip(two, one, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)

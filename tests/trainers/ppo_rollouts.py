@@ -54,5 +54,6 @@ def rollout(*, texts: list[str] | None = None, sources: list[Any] | None = None)
         tokens=TokenTable(LOGPS, LOGPS - LOG_RATIOS, VALUES, torch.ones(4, 3)),
         advantages=torch.zeros(4, 3),
         returns=RETURNS,
+        kl_coef=0.1,
         seconds={"generate": 0.5},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,24 @@ def test_both_adapters_train_on_after_a_resume(tmp_path: Path, whole: Path):
     )
 
 
+def test_a_root_that_is_called_checkpoints_holds_the_policy_alone(tmp_path: Path):
+    made = ppo_trainer(tmp_path / "checkpoints", value_adapter=True)
+    made.save_model()
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not names & {"value", "value_head.safetensors", "ppo_state.json"}
+
+
+def test_a_new_run_in_a_used_folder_keeps_the_samples_of_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    contents = []
+    for seed in (1, 2, 3):
+        ppo_trainer(tmp_path, seed=seed).train()
+        contents.append((tmp_path / "rollouts.jsonl").read_text())
+    assert len(set(contents)) == 3
+    assert [(tmp_path / f"rollouts-{number}.jsonl").read_text() for number in (1, 2)] == contents[:2]
+    assert "an earlier run's samples are now in" in caplog.text
+
+
 def test_the_best_model_has_its_own_critic(tmp_path: Path):
     levels = {1: 1.0, 2: 5.0, 3: 2.0}  # by step, the rewards that evaluations are told
 
@@ -193,11 +212,12 @@ def test_saving_is_rounded_to_rollouts(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_a_checkpoint_that_cannot_be_resumed_says_why(tmp_path: Path, whole: Path):
-    broken = tmp_path / "checkpoint-8"
-    shutil.copytree(whole / "checkpoint-8", broken)
-    (broken / "value_head.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"has no value_head\.safetensors: it is not a whole checkpoint"):
-        trainer(tmp_path).train(str(broken))
+    for missing in ("value_head.safetensors", "optimizer.pt", "scheduler.pt"):
+        broken = tmp_path / missing / "checkpoint-8"
+        shutil.copytree(whole / "checkpoint-8", broken)
+        (broken / missing).unlink()
+        with pytest.raises(CheckpointError, match=f"has no {re.escape(missing)}: it is not a whole checkpoint"):
+            trainer(tmp_path).train(str(broken))
     within = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=6)
     within.train()
     again = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=8)
