@@ -161,8 +161,9 @@ def add_reward_adapter(
     if check_base and recorded and not _is_same_base(saved.source, base.config._name_or_path):
         raise ModelError(
             f"the reward adapter '{path}' was trained on '{recorded}', and the base here is "
-            f"'{base.config._name_or_path}': its rewards would mean nothing. Use the same base for both, load the "
-            "reward model by itself, or pass check_base=False if the two are the same weights under two names."
+            f"'{base.config._name_or_path}': its rewards would mean nothing. Use the same base for both, or load the "
+            "reward model by itself with alignkit.load_reward_model and pass its model and tokenizer. If the two are "
+            "the same weights under two names, write the name used here into its adapter_config.json."
         )
     is_first = not has_head(base, SCORE)
     if is_first:
