@@ -319,7 +319,8 @@ class CopiesOfTheBase(PPOCallback):
 @pytest.mark.parametrize("control", [False, True])
 def test_four_roles_keep_one_copy_of_the_base(tmp_path: Path, control: bool):
     reward_run(tmp_path / "reward")
-    trainer = ppo_trainer(tmp_path / "ppo", [str(tmp_path / "reward")], max_steps=2, value_adapter=True)
+    model = tiny_model("llama", seed=77 + control)  # weights that no other test leaves in memory
+    trainer = ppo_trainer(tmp_path / "ppo", [str(tmp_path / "reward")], model=model, max_steps=2, value_adapter=True)
     weight = trainer.bundle.base.get_submodule("model.layers.0.mlp.gate_proj.base_layer").weight
     census = CopiesOfTheBase(weight)
     trainer.add_callback(census)

@@ -47,7 +47,7 @@ LATE: dict[str, tuple[dict[str, Any], type[AlignkitError], str]] = {
     "held-out prompts without a column": (
         {"reward_funcs": wants_answer, "train_dataset": with_column("answer"), "eval_dataset": {"a": prompts(2)}},
         ConfigError,
-        "asks for 'answer', which eval_dataset_a does not have",
+        "asks for 'answer', which the eval_a dataset does not have",
     ),
     "a held-out prompt beyond the model": (
         {"eval_dataset": [{"prompt": "d" * 60}], "model": tiny_model("llama", max_position_embeddings=64)},
