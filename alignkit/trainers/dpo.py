@@ -44,6 +44,7 @@ from alignkit.trainers.passes import (
     accumulate,
     count_rows,
     passes_of,
+    rows_not_repeated,
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
@@ -267,10 +268,13 @@ class DPOTrainer(Trainer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
         """Return the loss, the rewards `(chosen, rejected)`, and one label per pair (always 1: chosen is better)."""
         inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["lengths"])
+        own = rows_not_repeated(rows, self.accelerator)
+        inputs["is_own"] = torch.arange(rows, device=self.args.device) < own
         with torch.no_grad(), self.compute_loss_context_manager():
             parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(model, inputs)]
         result = PreferenceLoss(*map(torch.cat, zip(*parts, strict=True)))
-        loss = result.losses.mean()
+        loss = (result.losses[:own] if own else result.losses).mean()  # the latter is not counted
         if prediction_loss_only:
             return loss, None, None
         labels = inputs.get("label", torch.ones_like(result.losses, dtype=torch.bool))
@@ -349,8 +353,9 @@ class DPOTrainer(Trainer):
     ) -> None:
         window = self._windows["train" if model.training else "eval"]
         label = inputs["label"] if self.objective.is_unpaired else None
-        add_batch_metrics(window, result, policy, label)
-        add_token_metrics(window, scores, layout.sequence_index[few], label)
+        own = inputs.get("is_own", torch.ones_like(result.losses, dtype=torch.bool))  # (B,), see `prediction_step`
+        add_batch_metrics(window, result, policy, label, own)
+        add_token_metrics(window, scores, layout.sequence_index[few], label, own)
         if model.training:
             self._throughput.add(len(result.losses), layout.tokens)
 

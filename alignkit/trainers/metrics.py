@@ -60,7 +60,7 @@ class MetricWindow:
 
 
 def add_batch_metrics(
-    window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor | None = None
+    window: MetricWindow, result: PreferenceLoss, policy: PairLogps, label: Tensor | None, own: Tensor
 ) -> None:
     """Record `rewards/*` and `logps/*` of a batch.
 
@@ -69,23 +69,26 @@ def add_batch_metrics(
         result: losses and rewards of the rows.
         policy: log-probs of both completions.
         label: boolean `(B,)` for unpaired rows (KTO), whose desirable ones are "chosen"; `None` for pairs.
+        own: boolean `(B,)`, True for the rows that count here.
     """
     chosen, rejected = result.chosen_rewards, result.rejected_rewards
     if label is None:
-        window.add("rewards/accuracies", (chosen > rejected).double())
-        window.add("rewards/margins", chosen - rejected)
-        sides = {"chosen": (chosen, policy.chosen), "rejected": (rejected, policy.rejected)}
+        window.add("rewards/accuracies", (chosen > rejected)[own].double())
+        window.add("rewards/margins", (chosen - rejected)[own])
+        sides = {"chosen": (chosen, policy.chosen, own), "rejected": (rejected, policy.rejected, own)}
     else:  # each row is one completion, and lies in `.chosen`
         sides = {
-            "chosen": (chosen[label], policy.chosen[label]),
-            "rejected": (rejected[~label], policy.chosen[~label]),
+            "chosen": (chosen, policy.chosen, own & label),
+            "rejected": (rejected, policy.chosen, own & ~label),
         }
-    for name, (rewards, logps) in sides.items():
-        window.add(f"rewards/{name}", rewards)
-        window.add(f"logps/{name}", logps)
+    for name, (rewards, logps, counted) in sides.items():
+        window.add(f"rewards/{name}", rewards[counted])
+        window.add(f"logps/{name}", logps[counted])
 
 
-def add_token_metrics(window: MetricWindow, scores: TokenScores, sequence: Tensor, label: Tensor | None = None) -> None:
+def add_token_metrics(
+    window: MetricWindow, scores: TokenScores, sequence: Tensor, label: Tensor | None, own: Tensor
+) -> None:
     """Record diagnostics of sampled completion tokens.
 
     Args:
@@ -93,12 +96,13 @@ def add_token_metrics(window: MetricWindow, scores: TokenScores, sequence: Tenso
         scores: with statistics of `M` tokens, or none.
         sequence: the sequence that each token belongs to, `(M,)`: even ones are chosen, odd ones rejected.
         label: of unpaired rows, `(B,)`. Their odd sequences, which only serve the KL estimate, do not count.
+        own: boolean `(B,)`, True for the rows that count here.
     """
     if scores.statistics is None:
         return
     entropy, mean_logit, is_top1 = scores.statistics
-    is_first = sequence % 2 == 0
-    counts, is_chosen = (torch.ones_like(is_first), is_first) if label is None else (is_first, label[sequence // 2])
+    row, is_first = sequence // 2, sequence % 2 == 0
+    counts, is_chosen = (own[row], is_first) if label is None else (own[row] & is_first, label[row])
     window.add("entropy", entropy[counts])
     window.add("logits/chosen", mean_logit[is_chosen & counts])
     window.add("logits/rejected", mean_logit[~is_chosen & counts])
