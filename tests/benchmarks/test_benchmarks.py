@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data.layout import SHARED_START_TOKENS
 from tests.benchmarks import dpo_vs_trl
 from tests.benchmarks.arithmetic import Ceiling, ModelShape, StepOperations, model_shape, step_operations, visible_pairs
 from tests.benchmarks.data import DATASETS, first_rows, read_rows
@@ -119,8 +120,10 @@ def test_unknown_runs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("run", "passes"), [("ours", 2), ("ours_precomputed", 1), ("ours_checkpointing", 2)])
 def test_our_side_measures_a_run(run: str, passes: int, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(read_rows("hh", data_folder)[:16]), encoding="utf-8")
+    rows, read = tmp_path / "rows.json", read_rows("hh", data_folder)[:16]
+    for row in read:  # a start that all prompts share
+        row["prompt"][0]["content"] = f"Please answer in English. {row['prompt'][0]['content']}"
+    rows.write_text(json.dumps(read), encoding="utf-8")
     threads = torch.get_num_threads()
     job = Job(run, str(tiny_folder), str(rows), str(tmp_path), steps=1, warmup=1, threads=threads, profile=True)
     result = json.loads(json.dumps(measure(job)))
@@ -128,7 +131,7 @@ def test_our_side_measures_a_run(run: str, passes: int, tiny_folder: Path, data_
     assert min(result["step_seconds"]) > 0
     # by the policy, and by the reference where it is in the loop; no padding, each prompt once, its start once for all
     shared = result["shared_starts"][1]
-    assert shared > 8
+    assert shared > SHARED_START_TOKENS
     assert result["step_positions"][1] == passes * (sum(map(sum, result["lengths"][8:])) - 7 * shared)
     assert result["loss"][0] == pytest.approx(math.log(2), abs=LOSS_TOLERANCE)
     assert result["process_peak_bytes"] >= result["loaded_bytes"] > 0
