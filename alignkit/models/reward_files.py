@@ -81,14 +81,14 @@ def load_reward_model(
 
 def _classifier(name: str, **settings: Any) -> PreTrainedModel:
     try:
-        with _without_load_report():
+        with without_load_report():
             return AutoModelForSequenceClassification.from_pretrained(name, **settings)
     except (OSError, ValueError) as error:
         raise ModelError(f"The reward model cannot be loaded: {explain(error, name)}") from error
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Silence the report that the head is new and the output layer unused: both are as they should be."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

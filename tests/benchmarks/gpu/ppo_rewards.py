@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +9,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from alignkit.models.adapters import add_adapter, peft_warnings
 from alignkit.models.load import load_model, nf4
 from alignkit.models.lora import FUSED_LORA
 from alignkit.models.reward_adapter import reward_peft_config, with_reward_head
+from alignkit.models.reward_files import without_load_report
 from alignkit.rollout.hf import evaluate
 from alignkit.rollout.reward import RewardInputs
 from tests.benchmarks.gpu.ppo_models import episodes, policy, trainer_for
@@ -116,7 +114,7 @@ def _classified(
     settings: dict[str, Any] = {"attn_implementation": "eager", "dtype": precision.dtype}
     if precision.is_4bit:
         settings |= {"quantization_config": nf4(precision.dtype), "device_map": {"": device}}
-    with _without_load_report(), peft_warnings():
+    with without_load_report(), peft_warnings():
         classifier = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=1, pad_token_id=PAD, **settings
         )
@@ -127,14 +125,3 @@ def _classified(
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([ids], device=device)).logits[0, 0] for ids in sequences]
     return torch.stack(logits).float().cpu()
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence the report that the head is new and the output layer unused."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
