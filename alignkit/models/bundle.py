@@ -144,13 +144,12 @@ class ModelBundle:
         with self.role(role):
             return self._call(self.model if wrapped is None else wrapped, layout, request).values[head]
 
-    def add_reward_adapter(self, path: str | Path, *, role: str = REWARD, check_base: bool = True) -> int:
+    def add_reward_adapter(self, path: str | Path, *, role: str = REWARD) -> int:
         """Give `role` a reward adapter that `RewardTrainer` saved: frozen, on the base that everybody shares.
 
         Args:
             path: the folder, or a name on the Hub.
             role: the name of the role, and of the adapter.
-            check_base: whether the base that the adapter was trained on must have the name of this one.
 
         Returns:
             The number of heads: rewards have the shape `(V, heads)`.
@@ -162,7 +161,7 @@ class ModelBundle:
         if not isinstance(self.model, PeftModel):
             raise ModelError("a model that is trained whole cannot share its weights with a reward adapter: use LoRA")
         known = set(self.model.parameters())
-        outputs = add_reward_adapter(self.model, path, role, custom_modules=FUSED_LORA, check_base=check_base)
+        outputs = add_reward_adapter(self.model, path, role, custom_modules=FUSED_LORA)
         self._frozen += [parameter for parameter in self.model.parameters() if parameter not in known]
         self.adapters[role], self.heads[role] = role, SCORE
         self._wear(self._worn)

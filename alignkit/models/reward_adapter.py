@@ -142,7 +142,6 @@ def add_reward_adapter(
     name: str,
     *,
     custom_modules: CustomModules | None = None,
-    check_base: bool = True,
 ) -> int:
     """Put a saved reward adapter on the base of `model`, frozen, inactive and in fp32; return the number of its heads.
 
@@ -158,7 +157,7 @@ def add_reward_adapter(
         )
     base = cast(PreTrainedModel, model.get_base_model())
     recorded = saved.config.base_model_name_or_path
-    if check_base and recorded and not _is_same_base(saved.source, base.config._name_or_path):
+    if recorded and not _is_same_base(saved.source, base.config._name_or_path):
         raise ModelError(
             f"the reward adapter '{path}' was trained on '{recorded}', and the base here is "
             f"'{base.config._name_or_path}': its rewards would mean nothing. Use the same base for both, or load the "

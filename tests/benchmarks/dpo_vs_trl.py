@@ -30,7 +30,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from alignkit.models.demo import demo_model_path  # noqa: E402
 from tests.benchmarks.arithmetic import Ceiling  # noqa: E402
 from tests.benchmarks.data import DATASETS, first_rows, read_rows  # noqa: E402
-from tests.benchmarks.report import ceiling_lines, disagreements, markdown, summarise  # noqa: E402
+from tests.benchmarks.report import ceiling_lines, disagreements, markdown, publish, summarise  # noqa: E402
 from tests.benchmarks.runs import MAX_LENGTH, PAIRS_PER_STEP, RUNS, Job  # noqa: E402
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -176,12 +176,7 @@ def main(argv: list[str]) -> int:
         "profiles": profiles,
         "results": results,
     }
-    text = markdown(report, summaries)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    return 1 if report["disagreements"] else 0
+    return publish(report, markdown(report, summaries), arguments.out)
 
 
 if __name__ == "__main__":

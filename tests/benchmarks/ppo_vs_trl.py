@@ -38,7 +38,7 @@ from tests.benchmarks.ppo_runs import (  # noqa: E402
     PROMPTS,
     PPOJob,
 )
-from tests.benchmarks.report import GB, Result  # noqa: E402
+from tests.benchmarks.report import GB, Result, publish  # noqa: E402
 from tests.benchmarks.runs import LORA_RANK  # noqa: E402
 
 SCORE_SCALE = 0.2  # of the reward model's head, so that its rewards are of about the size of 1
@@ -229,12 +229,7 @@ def main(argv: list[str]) -> int:
         "summaries": summaries,
         "results": results,
     }
-    text = markdown(report, summaries)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    return 1 if report["disagreements"] else 0
+    return publish(report, markdown(report, summaries), arguments.out)
 
 
 if __name__ == "__main__":

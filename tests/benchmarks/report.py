@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.arithmetic import Ceiling, ModelShape, step_operations
@@ -184,3 +186,12 @@ def markdown(report: dict[str, Any], summaries: dict[str, Summary]) -> str:
     if report["disagreements"]:
         parts += ["**The sides do not agree:**", "\n".join(f"- {line}" for line in report["disagreements"])]
     return "\n\n".join(parts) + "\n"
+
+
+def publish(report: dict[str, Any], text: str, out: Path | None) -> int:
+    """Print the tables, write them beside everything measured, and return the exit status: 1 if the sides disagree."""
+    print(text)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return 1 if report["disagreements"] else 0
