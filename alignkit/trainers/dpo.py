@@ -48,6 +48,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.reference_cache import with_reference_logps
 from alignkit.trainers.setup import (
     AnyDataset,
@@ -84,6 +85,7 @@ class DPOTrainer(Trainer):
     Attributes:
         reports: what data preparation kept and dropped, by dataset name.
         bundle: the roles on the base.
+        record: what the run is made of, did and measured.
 
     Raises:
         ConfigError, DataError, ModelError: before any forward pass, with what to change.
@@ -149,6 +151,8 @@ class DPOTrainer(Trainer):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
+        method = "kto" if self.objective.is_unpaired else "dpo"
+        self.record = begin_record(self, method, train_dataset, eval_dataset, self.reports)
         if args.precompute_ref_log_probs:
             self.train_dataset = with_reference_logps(self, self.train_dataset, "train")
             self.eval_dataset = each_dataset(self.eval_dataset, partial(with_reference_logps, self), "eval")

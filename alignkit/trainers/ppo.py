@@ -53,6 +53,7 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.setup import (
     AnyDataset,
     build_tokenizer,
@@ -90,6 +91,7 @@ class PPOTrainer(Trainer):
         rewards: everything that rewards a completion.
         ppo_state: what is carried from rollout to rollout.
         rollout: the latest one.
+        record: what the run is made of, did and measured.
 
     Raises:
         ConfigError, DataError, ModelError: before any forward pass, with what to change.
@@ -160,6 +162,7 @@ class PPOTrainer(Trainer):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
+        self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
 
     # --- data ---
 

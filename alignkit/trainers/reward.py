@@ -37,6 +37,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
 from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
@@ -76,6 +77,7 @@ class RewardTrainer(Trainer):
     Attributes:
         reports: what data preparation kept and dropped, by dataset name.
         bundle: the roles on the base; the reward is one.
+        record: what the run is made of, did and measured.
 
     Raises:
         ConfigError, DataError, ModelError: before any forward pass, with what to change.
@@ -144,6 +146,7 @@ class RewardTrainer(Trainer):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
+        self.record = begin_record(self, "reward", train_dataset, eval_dataset, self.reports)
 
     # --- data ---
 

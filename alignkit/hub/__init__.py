@@ -1,0 +1,1 @@
+"""What leaves a run: its record, its model card, its publication and its exports."""

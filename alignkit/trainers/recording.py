@@ -1,0 +1,103 @@
+"""The run record that every trainer keeps: filled when the trainer is made and when training ends."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit import __version__
+from alignkit.data.report import PreparationReport
+from alignkit.hub.identity import (
+    describe_adapter,
+    describe_base,
+    describe_command,
+    describe_data,
+    describe_settings,
+    hardware,
+    versions,
+)
+from alignkit.hub.record import RunRecord, now
+from alignkit.trainers.data_checks import named_datasets
+from alignkit.trainers.metrics import peak_memory_bytes
+
+_SPEEDS = ("pairs_per_second", "tokens_per_second", "completions/tokens_per_second")
+
+
+def begin_record(
+    trainer: Trainer,
+    method: str,
+    train: Any,
+    evaluation: Any,
+    reports: Mapping[str, PreparationReport],
+    rewards: Sequence[str] = (),
+) -> RunRecord:
+    """Return the record of a run that is about to start, and let the trainer fill it in when training ends.
+
+    Args:
+        trainer: set up, with its datasets prepared.
+        method: "dpo", "kto", "reward" or "ppo".
+        train, evaluation: the datasets as the trainer was handed them.
+        reports: of their preparation, by name.
+        rewards: names of what rewards completions.
+    """
+    args: Any = trainer.args
+    settings, changed = describe_settings(args)
+    given = named_datasets(train, evaluation)
+    prepared = named_datasets(trainer.train_dataset, trainer.eval_dataset)
+    model: Any = trainer.model
+    record = RunRecord(
+        method=method,
+        alignkit=__version__,
+        created=now(),
+        command=describe_command(),
+        base=describe_base(model),
+        adapter=describe_adapter(model),
+        data=[describe_data(name, given[name], rows, reports.get(name)) for name, rows in prepared.items()],
+        reward=list(rewards),
+        settings=settings,
+        changed=changed,
+        versions=versions(),
+        hardware=hardware(args.device, args.world_size),
+        seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
+    )
+    trainer.add_callback(FinishRecord(record))
+    return record
+
+
+class FinishRecord(TrainerCallback):
+    """Complete the record when training ends, and write it into the output directory."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.record.log = [dict(entry) for entry in state.log_history]
+        self.record.usage = describe_usage(state, args)
+        self.record.finished = now()
+        if state.is_world_process_zero:
+            self.record.save(str(args.output_dir))
+
+
+def describe_usage(state: TrainerState, args: TrainingArguments) -> dict[str, Any]:
+    """Steps, epochs, seconds of training, peak memory in bytes, and the median of each speed over the log."""
+    log = state.log_history
+    seconds = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
+    speeds = {name: [entry[name] for entry in log if name in entry] for name in _SPEEDS}
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "training_seconds": seconds[-1] if seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+        **{name: statistics.median(values) for name, values in speeds.items() if values},
+    }
