@@ -34,7 +34,8 @@ class RunRecord:
         alignkit: version of the package.
         created, finished: ISO 8601, UTC; `finished` is `None` until training has ended.
         command: the command line, without paths of the machine; `None` in a notebook.
-        base: the model that was started from: see `alignkit.hub.identity.describe_base`.
+        base: the model that was started from, see `alignkit.hub.identity.describe_base`, and `is_chat`: whether its
+            tokenizer has a chat template.
         adapter: what was trained on it, see `describe_adapter`; `None` where the model was trained whole.
         data: one entry per dataset: see `describe_data`.
         reward: names of what rewarded completions (PPO), else empty.

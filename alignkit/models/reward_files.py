@@ -1,4 +1,4 @@
-"""A reward model as transformers' sequence classifier: loading one, saving one, and what to tell its reader."""
+"""A reward model as transformers' sequence classifier: loading one and saving one."""
 
 from __future__ import annotations
 
@@ -124,76 +124,3 @@ def save_classifier(
             f"transformers' {type(classifier).__name__} has other weights: {sorted(wanted - set(weights))}"
         )
     classifier.save_pretrained(folder, state_dict={name: weights[name] for name in wanted})
-
-
-_CARD = """---
-library_name: {library}
-pipeline_tag: text-classification
-tags:
-- alignkit
-- reward-model{base_line}
----
-
-# Reward model
-
-{what}. It was trained on preferences with alignkit's `RewardTrainer`. A row's logits are its rewards: higher is
-better, and only differences between answers to the same prompt mean something.
-
-```python
-import alignkit
-
-model, tokenizer = alignkit.load_reward_model("{folder}")
-```
-
-Without alignkit, with plain transformers{peft_too}:
-
-```python
-{snippet}
-```
-
-`pad_token_id` matters: a sequence classifier reads the last token whose id is not the padding token's. With a padding
-token that equals the end-of-sequence token it would read the token before the end, and give other rewards. The
-tokenizer in this folder pads with `{pad_token}`. In 16 bits rewards are those of training up to rounding;
-`load_reward_model` comes closest, because it keeps the head in fp32.
-
-Tokenize prompt and answer together: conversations with `tokenizer.apply_chat_template(messages)`, plain text with
-`tokenizer(prompt + answer + tokenizer.eos_token)`.
-"""
-
-_ADAPTER_SNIPPET = """from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-base = AutoModelForSequenceClassification.from_pretrained(
-    "{base}", num_labels={outputs}, pad_token_id=tokenizer.pad_token_id, dtype="float32"
-)
-model = PeftModel.from_pretrained(base, "{folder}").eval()"""
-
-_WHOLE_SNIPPET = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForSequenceClassification.from_pretrained("{folder}", dtype="float32").eval()"""
-
-
-def how_to_load_reward(folder: str | Path, *, base: str | None, outputs: int) -> str:
-    """Return the lines of Python that load a reward model without alignkit; `base` is `None` for a whole model."""
-    if base is None:
-        return _WHOLE_SNIPPET.format(folder=folder)
-    return _ADAPTER_SNIPPET.format(folder=folder, base=base or "BASE", outputs=outputs)
-
-
-def write_reward_card(folder: str | Path, *, base: str | None, outputs: int, pad_token: str) -> None:
-    """Write the `README.md` that says how to load the reward model in `folder`; `base` is `None` for a whole model."""
-    heads = "one head" if outputs == 1 else f"{outputs} heads, an ensemble"
-    text = _CARD.format(
-        library="transformers" if base is None else "peft",
-        base_line=f"\nbase_model: {base}" if base else "",
-        what=f"A sequence classifier with {heads}"
-        if base is None
-        else f"An adapter with {heads}, on `{base or 'BASE'}`",
-        folder=folder,
-        peft_too="" if base is None else " and peft",
-        snippet=how_to_load_reward(folder, base=base, outputs=outputs),
-        pad_token=pad_token,
-    )
-    (Path(folder) / "README.md").write_text(text, encoding="utf-8")

@@ -48,7 +48,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
-from alignkit.trainers.recording import begin_record
+from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.reference_cache import with_reference_logps
 from alignkit.trainers.setup import (
     AnyDataset,
@@ -374,5 +374,8 @@ class DPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save and not (self.args.sync_ref_model and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
+        if not self.args.should_save:
+            return
+        if not (self.args.sync_ref_model and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
             remove_reference(folder, self.bundle)
+        save_description(self, folder)

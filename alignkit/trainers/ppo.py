@@ -53,7 +53,7 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
-from alignkit.trainers.recording import begin_record
+from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.setup import (
     AnyDataset,
     build_tokenizer,
@@ -373,6 +373,7 @@ class PPOTrainer(Trainer):
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         if self._content is not None:
             save_state(folder, self._content, self.bundle)
+        save_description(self, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from alignkit import __version__
 from alignkit.data.report import PreparationReport
+from alignkit.errors import DataError
+from alignkit.hub.card import write_card
 from alignkit.hub.identity import (
     describe_adapter,
     describe_base,
@@ -23,6 +28,8 @@ from alignkit.hub.identity import (
 from alignkit.hub.record import RunRecord, now
 from alignkit.trainers.data_checks import named_datasets
 from alignkit.trainers.metrics import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
 
 _SPEEDS = ("pairs_per_second", "tokens_per_second", "completions/tokens_per_second")
 
@@ -49,12 +56,13 @@ def begin_record(
     given = named_datasets(train, evaluation)
     prepared = named_datasets(trainer.train_dataset, trainer.eval_dataset)
     model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
     record = RunRecord(
         method=method,
         alignkit=__version__,
         created=now(),
         command=describe_command(),
-        base=describe_base(model),
+        base={**describe_base(model), "is_chat": tokenizer.chat_template is not None},
         adapter=describe_adapter(model),
         data=[describe_data(name, given[name], rows, reports.get(name)) for name, rows in prepared.items()],
         reward=list(rewards),
@@ -101,3 +109,21 @@ def describe_usage(state: TrainerState, args: TrainingArguments) -> dict[str, An
         "peak_memory_bytes": peak_memory_bytes(args.device),
         **{name: statistics.median(values) for name, values in speeds.items() if values},
     }
+
+
+def save_description(trainer: Any, folder: str | Path) -> None:
+    """Write the run's record and card into a folder that a model was saved in; a checkpoint has neither.
+
+    Args:
+        trainer: a trainer with a `record`.
+        folder: where its model lies.
+    """
+    if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+        return
+    record: RunRecord = trainer.record
+    record.log = [dict(entry) for entry in trainer.state.log_history]
+    record.save(folder)
+    try:
+        write_card(folder, record)
+    except DataError as error:  # a person's own card that cannot be read: it stays, and so does the model
+        logger.warning("No model card was written: %s", error)

@@ -22,7 +22,7 @@ from alignkit.errors import ConfigError
 from alignkit.functional.reward import RewardLoss, bradley_terry
 from alignkit.models.bundle import REWARD, ModelBundle
 from alignkit.models.heads import SCORE
-from alignkit.models.reward_files import save_classifier, write_reward_card
+from alignkit.models.reward_files import save_classifier
 from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
@@ -37,7 +37,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
-from alignkit.trainers.recording import begin_record
+from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
 from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
@@ -293,11 +293,9 @@ class RewardTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder, base = str(output_dir or self.args.output_dir), None
-        if isinstance(self.model, PeftModel):
-            base = self.model.peft_config[self.model.active_adapters[0]].base_model_name_or_path or ""
-        else:  # over the causal language model that Trainer saved, whose output layer means nothing here
+        folder = str(output_dir or self.args.output_dir)
+        if not isinstance(self.model, PeftModel):
+            # over the causal language model that Trainer saved, whose output layer means nothing here
             pad = cast(int, self.processing_class.pad_token_id)
             save_classifier(self.model, folder, pad_token_id=pad, state_dict=state_dict)
-        pad_token = str(self.processing_class.pad_token)
-        write_reward_card(folder, base=base, outputs=self.args.num_heads, pad_token=pad_token)
+        save_description(self, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -12,8 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -21,18 +20,16 @@ from alignkit.data.collate import DPOCollator, pairs_of
 from alignkit.data.layout import LAYOUTS
 from alignkit.data.prepare import prepare_preferences
 from alignkit.errors import ModelError
+from alignkit.hub.card import write_card
+from alignkit.hub.identity import describe_adapter, describe_base
+from alignkit.hub.record import RunRecord, now
 from alignkit.models.adapters import add_adapter, peft_warnings
 from alignkit.models.bundle import POLICY, ModelBundle
 from alignkit.models.heads import SCORE
 from alignkit.models.load import load_tokenizer
 from alignkit.models.lora import FUSED_LORA
 from alignkit.models.reward_adapter import reward_peft_config, with_reward_head
-from alignkit.models.reward_files import (
-    how_to_load_reward,
-    load_reward_model,
-    save_classifier,
-    write_reward_card,
-)
+from alignkit.models.reward_files import load_reward_model, save_classifier
 from alignkit.models.tokenizer import with_distinct_pad_token
 from tests.model_factory import tiny_model
 from tests.models.conftest import character_tokenizer
@@ -76,6 +73,11 @@ def classifier_rewards(model, tokenizer: PreTrainedTokenizerBase, rows: list[dic
         return model(**batch).logits
 
 
+def reward_record(model) -> RunRecord:
+    base, adapter = describe_base(model), describe_adapter(model)
+    return RunRecord("reward", "0.1.0", now(), base=base, adapter=adapter, settings={"num_heads": HEADS})
+
+
 def save_adapter(base_folder: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> ModelBundle:
     """Train nothing, but leave what `RewardTrainer` leaves: adapter, tokenizer and card."""
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
@@ -85,7 +87,7 @@ def save_adapter(base_folder: Path, folder: Path, tokenizer: PreTrainedTokenizer
     model.save_pretrained(folder)
     padding = with_distinct_pad_token(tokenizer)
     padding.save_pretrained(folder)
-    write_reward_card(folder, base=str(base_folder), outputs=HEADS, pad_token=str(padding.pad_token))
+    write_card(folder, reward_record(model))
     bundle = ModelBundle(model, heads={POLICY: SCORE})
     bundle.use_row_attention()
     return bundle
@@ -93,11 +95,16 @@ def save_adapter(base_folder: Path, folder: Path, tokenizer: PreTrainedTokenizer
 
 def run_snippet(folder: Path):
     """Run the code that the folder's own card shows for plain transformers."""
-    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "alignkit" not in code
     names: dict = {}
-    with peft_warnings():
-        exec(code, names)
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with peft_warnings():
+            exec(code, names)
+    finally:
+        os.chdir(here)
     return names["model"], names["tokenizer"]
 
 
@@ -173,7 +180,7 @@ def test_a_model_trained_whole_becomes_a_classifier(architecture, tmp_path):
     expected = trained_rewards(bundle, TEXTS, tokenizer)
     save_classifier(model, tmp_path, pad_token_id=0)
     tokenizer.save_pretrained(tmp_path)
-    write_reward_card(tmp_path, base=None, outputs=HEADS, pad_token="<pad>")
+    write_card(tmp_path, reward_record(model))
     for loaded, padding in (load_reward_model(tmp_path, dtype=torch.float32, device=CPU), run_snippet(tmp_path)):
         assert loaded.config.num_labels == HEADS
         torch.testing.assert_close(classifier_rewards(loaded, padding, TEXTS), expected, rtol=1e-5, atol=1e-5)
@@ -210,13 +217,3 @@ def test_a_padding_token_that_ends_no_text(special, expected):
     before = tokenizer.pad_token
     assert with_distinct_pad_token(tokenizer).pad_token == expected
     assert tokenizer.pad_token == before
-
-
-def test_the_lines_that_load():
-    text = how_to_load_reward("here", base="there", outputs=3)
-    assert (
-        'from_pretrained(\n    "there", num_labels=3, pad_token_id=tokenizer.pad_token_id, dtype="float32"\n)' in text
-    )
-    assert "peft" not in how_to_load_reward("here", base=None, outputs=1)
-    assert AutoModelForSequenceClassification.__name__ in text
-    assert AutoTokenizer.__name__ in text

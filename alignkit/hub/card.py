@@ -1,0 +1,215 @@
+"""The model card of a run: rendered from its record, so that it says what was measured and no more."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from alignkit.errors import DataError
+from alignkit.hub.card_text import base_advice, intended_use, limits, memory_needed, reward_advice, snippet, what_it_is
+from alignkit.hub.metadata import card_metadata, default_name, merged_metadata
+from alignkit.hub.record import RECORD_FILE, RunRecord
+from alignkit.hub.wording import base_name, count, duration, figure, metric_title, size
+
+CARD_FILE = "README.md"
+
+_SAMPLES = 4
+_SAMPLE_CHARACTERS = 1500
+# Written by the libraries beneath us, without a word of a person in it.
+_TEMPLATES = ("# Model Card for Model ID", "[More Information Needed]", "should probably proofread and complete it")
+_SEAL = re.compile(r"\n*<!-- Written by alignkit from run_record\.json \(([0-9a-f]{16})\) -->\s*\Z")
+
+logger = logging.getLogger(__name__)
+
+
+def render_card(record: RunRecord, *, repo_id: str | None = None, license: str | None = None) -> str:
+    """Return the text of a run's model card, metadata included.
+
+    Args:
+        record: of the run.
+        repo_id: where the model will be on the Hub; by default the card speaks of the folder that it lies in.
+        license: an identifier of the Hub; by default the base's.
+
+    Raises:
+        DataError: metadata that the Hub would not take.
+    """
+    name = default_name(record) if repo_id is None else repo_id.split("/")[-1]
+    metadata = card_metadata(record, model_name=name, license=license)
+    body = _render(record, title=name, repo_id=repo_id)
+    seal = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"---\n{metadata}\n---\n\n{body}\n\n<!-- Written by alignkit from {RECORD_FILE} ({seal}) -->\n"
+
+
+def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = None, license: str | None = None) -> str:
+    """Return the card that belongs into `folder`: a run's, or the one that a person wrote there, its metadata mended.
+
+    Args:
+        folder: it may hold a `README.md`.
+        record, repo_id, license: as for `render_card`.
+
+    Raises:
+        DataError: metadata that the Hub would not take, or a `README.md` that cannot be read.
+    """
+    rendered = render_card(record, repo_id=repo_id, license=license)
+    path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        return rendered
+    try:
+        theirs = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"'{path}' cannot be read ({error}): mend its metadata, or remove the file.") from error
+    if is_generated(theirs.text):
+        return rendered
+    mended = merged_metadata(theirs.data.to_dict(), ModelCard(rendered).data.to_dict())
+    return f"---\n{mended}\n---\n{theirs.text}"
+
+
+def write_card(
+    folder: str | Path,
+    record: RunRecord,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write the card of a run to `README.md` in `folder`; the text of a person's own card stays. Return its path.
+
+    Raises:
+        DataError: as `card_for`.
+    """
+    path = Path(folder) / CARD_FILE
+    text = card_for(folder, record, repo_id=repo_id, license=license)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def is_generated(body: str) -> bool:
+    """Whether the text of a card (without metadata) comes from alignkit, PEFT or transformers, and was not edited."""
+    seal = _SEAL.search(body)
+    if seal is None:
+        return not body.strip() or any(template in body for template in _TEMPLATES)
+    written = body[: seal.start()].lstrip("\n")
+    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()[:16] == seal[1]
+
+
+def _render(record: RunRecord, *, title: str, repo_id: str | None) -> str:
+    environment = Environment(
+        loader=PackageLoader("alignkit.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    samples = record.samples[:_SAMPLES]
+    text = environment.get_template("card.md.jinja").render(
+        title=title,
+        record=record,
+        what=what_it_is(record),
+        evaluations=[_evaluation(each) for each in record.evaluations],
+        base_advice=base_advice(record, repo_id),
+        reward_advice=reward_advice(record),
+        snippet=snippet(record, repo_id),
+        memory=memory_needed(record),
+        intended=intended_use(record),
+        limits=limits(record),
+        training=_training(record),
+        settings=_yaml({name: record.settings[name] for name in record.changed if name in record.settings}),
+        data=[_data_row(each) for each in record.data],
+        samples=[_sample(each) for each in samples],
+        samples_have_before=any(each.get("before") is not None for each in samples),
+        versions=_versions(record),
+    )
+    return text.strip("\n")
+
+
+def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
+    metrics, baseline = entry["metrics"], entry.get("baseline") or {}
+    values = [*metrics.values(), *baseline.values()]
+    return {
+        "name": _inline(entry["name"]),
+        "rows": entry["rows"],
+        "has_baseline": bool(baseline),
+        "has_intervals": any(isinstance(value, Mapping) for value in values),
+        "table": [
+            {"title": metric_title(name), "before": figure(baseline.get(name)), "after": figure(metric)}
+            for name, metric in metrics.items()
+        ],
+    }
+
+
+def _training(record: RunRecord) -> list[tuple[str, str]]:
+    base, adapter, usage, machine = record.base, record.adapter, record.usage, record.hardware
+    rows = [("base", base_name(base) + (f", {base['note']}" if base.get("note") else ""))]
+    if base.get("revision"):
+        rows.append(("revision of the base", f"`{base['revision']}`"))
+    packed = f", weights packed as {base['quantization']}" if base.get("quantization") else ""
+    rows.append(("size", f"{count(base['parameters'])} parameters, {base['dtype']}{packed}"))
+    if adapter is not None:
+        shape = f", r={adapter['r']}, alpha={adapter['alpha']}" if "r" in adapter else ""
+        rows.append(("trained", f"{adapter['kind']}{shape}: {count(adapter['trainable_parameters'])} parameters"))
+    else:
+        rows.append(("trained", "all parameters"))
+    if record.reward:
+        rows.append(("reward", ", ".join(map(_inline, record.reward))))
+    if usage.get("training_seconds") is not None:
+        rows.append(("training", f"{usage['steps']} optimizer steps in {duration(usage['training_seconds'])}"))
+    if usage.get("peak_memory_bytes"):
+        where = "of the device" if machine.get("device") == "cuda" else "of the process"
+        rows.append(("peak memory", f"{size(usage['peak_memory_bytes'])} {where}"))
+    processes = f", {machine['processes']} processes" if machine.get("processes", 1) > 1 else ""
+    rows.append(("machine", f"{machine.get('device_name', 'unknown')}, {machine.get('threads')} threads{processes}"))
+    rows.append(("seed", str(record.seeds.get("seed"))))
+    return [(name, _inline(value)) for name, value in rows]
+
+
+def _data_row(entry: Mapping[str, Any]) -> dict[str, str]:
+    preparation = entry.get("preparation") or {}
+    drops = {reason: found["count"] for reason, found in preparation.get("drops", {}).items()}
+    source = _inline(str(entry.get("source") or "given as rows"))
+    if entry.get("hub_id"):
+        source = f"[{source}](https://huggingface.co/datasets/{entry['hub_id']})"
+        source += f" at `{entry['revision'][:8]}`" if entry.get("revision") else ""
+    return {
+        "name": _inline(entry["name"]),
+        "source": source,
+        "rows": "a stream" if entry.get("rows") is None else f"{entry['rows']:,}",
+        "dropped": ", ".join(f"{number} {reason}" for reason, number in drops.items()) or "none",
+        "digest": f"`{entry['sha256'][:16]}…`" if entry.get("sha256") else "–",
+    }
+
+
+def _sample(entry: Mapping[str, Any]) -> str:
+    parts = [("Prompt", entry["prompt"]), ("Before", entry.get("before")), ("After", entry["after"])]
+    return "\n\n".join(f"{title}:\n\n{_fenced(text)}" for title, text in parts if text is not None)
+
+
+def _fenced(text: str) -> str:
+    """Text as a code block that it cannot end; what is cut is counted."""
+    cut = len(text) - _SAMPLE_CHARACTERS
+    shown = text if cut <= 0 else f"{text[:_SAMPLE_CHARACTERS]}\n… ({cut:,} more characters)"
+    shown = "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in shown)
+    longest = max((len(run) for run in re.findall(r"`+", shown)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{shown}\n{fence}"
+
+
+def _inline(text: str) -> str:
+    """Text for one line of Markdown, or one cell of a table, without markup of its own."""
+    flat = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return flat.replace("|", r"\|").replace("<", "&lt;")
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None).strip() or "{}"
+
+
+def _versions(record: RunRecord) -> list[tuple[str, str]]:
+    # PEFT looks for this spelling of its own line, and adds another where it does not find it.
+    names = {"peft": "PEFT", "torch": "PyTorch", "transformers": "Transformers", "python": "Python"}
+    return [
+        ("alignkit", record.alignkit),
+        *((names.get(name, name), version) for name, version in record.versions.items()),
+    ]

@@ -1,0 +1,71 @@
+"""Names and figures of a run record in words, for the card, the report and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = {
+    "dpo": "direct preference optimization (DPO, arXiv 2305.18290)",
+    "kto": "Kahneman-Tversky optimization (KTO, arXiv 2402.01306)",
+    "reward": "a Bradley-Terry reward model",
+    "ppo": "proximal policy optimization (PPO, arXiv 1707.06347) with a KL penalty",
+}
+
+_TITLES = {
+    "accuracy": "reward accuracy",
+    "margin": "reward margin",
+    "shorter": 'accuracy of "prefer the shorter"',
+    "calibration_error": "calibration error",
+    "reward_change": "change of the reward, prompt by prompt",
+    "kl": "KL from the reference (nats per answer)",
+    "tokens": "tokens per answer",
+    "eos_rate": "answers that ended by themselves",
+}
+
+
+def metric_title(name: str) -> str:
+    """What a metric is called for people."""
+    return _TITLES.get(name, name.replace("_", " "))
+
+
+def value_of(metric: Any) -> float | None:
+    """The number of a metric, with or without an interval."""
+    value = metric.get("value") if isinstance(metric, Mapping) else metric
+    return None if value is None or isinstance(value, bool | str) else float(value)
+
+
+def figure(metric: Any, digits: int = 3) -> str:
+    """A metric as text: `0.644 [0.588, 0.696]`, or the number alone; a dash where there is none."""
+    value = value_of(metric)
+    if value is None:
+        return "–"
+    if not isinstance(metric, Mapping) or metric.get("low") is None or metric.get("high") is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+
+
+def size(count_bytes: float) -> str:
+    """Bytes as GB (10⁹), or as MB below one."""
+    return f"{count_bytes / 1e9:.2f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1 h 05 min`, `18 min` or `42 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min" if minutes else f"{rest} s"
+
+
+def count(number: int) -> str:
+    """A large number as `134.5M` or `8.03B`."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f}B"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number:,}"
+
+
+def base_name(base: Mapping[str, Any]) -> str:
+    """The base as it is told: its Hub id, or its name where it is a local model."""
+    return str(base.get("hub_id") or base["name"])
