@@ -13,27 +13,20 @@ Real models and cards, several GPUs, your own file:
 Every field of ScriptArguments, ModelArguments and DPOConfig is an option; `--help` lists them.
 
 Left out here: a supervised stage before (recipes/sft_lora.py), unpaired feedback (recipes/kto_lora.py), merging the
-adapter into its base, safety evaluation, and publishing.
+adapter into its base, safety evaluation, and publishing (`alignkit publish outputs/dpo_lora ID`).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
+from alignkit.evaluation.finish import finish_run, record_answers, record_preferences
 from alignkit.evaluation.generation import compare_answers
-from alignkit.evaluation.pictures import margin_curve
 from alignkit.evaluation.preference import summarize_preferences
-from alignkit.evaluation.report import (
-    answers_table,
-    before_after_table,
-    how_to_load,
-    report_console,
-    write_results,
-)
+from alignkit.evaluation.report import answers_table, before_after_table, how_to_load, report_console
 from alignkit.models.load import training_device
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
@@ -74,7 +67,6 @@ def main() -> None:
 
     # 3. Before, training, after: on rows that are not trained on.
     held_out = trainer.eval_dataset
-    reports = {name: report.as_dict() for name, report in trainer.reports.items()}
     before = summarize_preferences(trainer, held_out)
     trainer.train(args.resume_from_checkpoint)
     after = summarize_preferences(trainer, held_out)
@@ -85,22 +77,11 @@ def main() -> None:
         return
     prompts = [row["prompt_ids"] for row, _ in zip(held_out, range(PROMPTS), strict=False)]
     answers = compare_answers(trainer, prompts)
-    folder = Path(args.output_dir)
-    results = {
-        "recipe": "dpo_lora",
-        "options": {**vars(script), **vars(model), **args.to_sanitized_dict()},
-        "preparation": reports,
-        "before": before,
-        "after": after,
-        "answers": answers,
-        "log": trainer.state.log_history,
-    }
+    record_preferences(trainer.record, before, after)
+    record_answers(trainer.record, answers)
     console.print(before_after_table(before, after), answers_table(answers))
-    console.print(f"Results: {write_results(folder, results)}")
-    curve = margin_curve(trainer.state.log_history, folder / "margin.png")
-    if curve is not None:
-        console.print(f"Margin's curve: {curve}")
-    console.print(how_to_load(folder), markup=False, highlight=False)
+    console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
+    console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_er
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.errors import ConfigError
+from alignkit.evaluation.finish import finish_run, record_preferences
 from alignkit.evaluation.preference import summarize_preferences
-from alignkit.evaluation.report import before_after_table, how_to_load, report_console, write_results
+from alignkit.evaluation.report import before_after_table, how_to_load, report_console
 from alignkit.models.load import training_device
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
@@ -69,7 +70,6 @@ def main() -> None:
 
     # 3. Before, training, after: how well rewards rank good answers above bad ones that were not trained on.
     held_out = trainer.eval_dataset
-    reports = {name: report.as_dict() for name, report in trainer.reports.items()}
     before = summarize_preferences(trainer, held_out)
     trainer.train(args.resume_from_checkpoint)
     after = summarize_preferences(trainer, held_out)
@@ -78,16 +78,9 @@ def main() -> None:
     # 4. What came of it.
     if not trainer.is_world_process_zero():
         return
-    results = {
-        "recipe": "kto_lora",
-        "options": {**vars(script), **vars(model), **args.to_sanitized_dict()},
-        "preparation": reports,
-        "before": before,
-        "after": after,
-        "log": trainer.state.log_history,
-    }
+    record_preferences(trainer.record, before, after)
     console.print(before_after_table(before, after))
-    console.print(f"Results: {write_results(args.output_dir, results)}")
+    console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
     console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 
 

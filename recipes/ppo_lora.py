@@ -25,8 +25,8 @@ from alignkit.cli import ModelArguments, RecipeParser, RewardArguments, ScriptAr
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
 from alignkit.errors import ConfigError
-from alignkit.evaluation.pictures import rollout_curves
-from alignkit.evaluation.report import answers_table, how_to_load, report_console, write_results
+from alignkit.evaluation.finish import finish_run, record_rollouts
+from alignkit.evaluation.report import answers_table, how_to_load, report_console
 from alignkit.evaluation.rollouts import rated_side_by_side, rollouts_table, summarize_rollouts
 from alignkit.models.load import training_device
 from alignkit.trainers.ppo import PPOTrainer
@@ -100,18 +100,9 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     answers = rated_side_by_side(before, after, SHOWN)
-    results = {
-        "recipe": "ppo_lora",
-        "options": {**vars(script), **vars(model), **vars(reward), **args.to_sanitized_dict()},
-        "preparation": {name: report.as_dict() for name, report in trainer.reports.items()},
-        "before": before.as_dict(),
-        "after": after.as_dict(),
-        "log": trainer.state.log_history,
-    }
+    record_rollouts(trainer.record, before, after)
     console.print(rollouts_table(before, after), answers_table(answers))
-    console.print(f"Results: {write_results(args.output_dir, results)}")
-    if curves := rollout_curves({"training": trainer.state.log_history}, f"{args.output_dir}/rollouts.png"):
-        console.print(f"Curves of reward and KL: {curves}")
+    console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
     console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 
 

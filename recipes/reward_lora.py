@@ -25,9 +25,9 @@ from typing import Any
 from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_errors
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.show import show_example
-from alignkit.evaluation.pictures import margin_curve
+from alignkit.evaluation.finish import finish_run, record_preferences
 from alignkit.evaluation.preference import summarize_rewards
-from alignkit.evaluation.report import before_after_table, report_console, write_results
+from alignkit.evaluation.report import before_after_table, report_console
 from alignkit.models.load import training_device
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
@@ -67,7 +67,6 @@ def main() -> None:
 
     # 3. Before, training, after: on rows that are not trained on.
     held_out: Any = trainer.eval_dataset
-    reports = {name: report.as_dict() for name, report in trainer.reports.items()}
     before = summarize_rewards(trainer, held_out)
     trainer.train(args.resume_from_checkpoint)
     after = summarize_rewards(trainer, held_out)
@@ -77,19 +76,9 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     folder = Path(args.output_dir)
-    results = {
-        "recipe": "reward_lora",
-        "options": {**vars(script), **vars(model), **args.to_sanitized_dict()},
-        "preparation": reports,
-        "before": before,
-        "after": after,
-        "log": trainer.state.log_history,
-    }
+    record_preferences(trainer.record, before, after)
     console.print(before_after_table(before, after))
-    console.print(f"Results: {write_results(folder, results)}")
-    curve = margin_curve(trainer.state.log_history, folder / "margin.png")
-    if curve is not None:
-        console.print(f"Margin's curve: {curve}")
+    console.print(finish_run(trainer.record, folder).lines(), markup=False, highlight=False)
     load = f'model, tokenizer = alignkit.load_reward_model("{folder}")  # or see {folder / "README.md"}'
     console.print(load, markup=False, highlight=False)
 

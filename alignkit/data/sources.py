@@ -42,12 +42,12 @@ def load_preferences(
     base, cut = _parse_split(split)
     path = Path(name_or_path).expanduser()
     if name_or_path == "demo":
-        return _named(_sliced_rows(_demo_rows(base), cut, streaming, "demo"), DEMO_SET)
+        return _named(_sliced_rows(_demo_rows(base), cut, streaming, "demo"), f"{DEMO_SET}, {split}")
     if path.is_file():
-        return _named(_load_file(path, cut, streaming), path.name)
+        return _named(_load_file(path, cut, streaming), " ".join(filter(None, (path.name, cut))))
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            return _named(_load_saved(path, base, cut, streaming), path.name)
+            return _named(_load_saved(path, base, cut, streaming), f"{path.name}, {split}")
     elif _looks_like_path(name_or_path):
         raise DataError(_no_such_file(path))
     return _load_hub(name_or_path, base, cut, streaming, config_name)

@@ -1,14 +1,9 @@
-"""A run's results for people and programs: tables and `results.json`."""
+"""A run's results in the terminal."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +12,6 @@ from rich.text import Text
 from alignkit.evaluation.generation import Answers
 from alignkit.evaluation.preference import Estimate, PreferenceSummary
 
-RESULTS_FILE = "results.json"
 _FILE_COLUMNS = 120
 _PROMPT_END = 300  # characters of a prompt that are shown: its last ones, where the question is
 
@@ -56,24 +50,6 @@ def answers_table(answers: Sequence[Answers]) -> Table:
     return table
 
 
-def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
-    """Write `results` to `results.json` in `folder`, through a temporary file; numbers that are not finite are null.
-
-    Summaries are written with their intervals, answers with their prompts; everything else must be plain JSON values.
-    """
-    path = Path(folder) / RESULTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{RESULTS_FILE}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
-
-
 def _accuracy(summary: PreferenceSummary) -> str:
     if summary.ties == summary.rows:
         return f"{summary.accuracy.value:.3f} (all rewards equal)"
@@ -82,19 +58,6 @@ def _accuracy(summary: PreferenceSummary) -> str:
 
 def _interval(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]".replace("[", r"\[")
-
-
-def _plain(value: Any) -> Any:
-    """Turn summaries and answers into mappings, and numbers that JSON does not know into None."""
-    if isinstance(value, PreferenceSummary):
-        value = value.as_dict()
-    if isinstance(value, Answers):
-        value = {"prompt": value.prompt, "reference": value.reference, "policy": value.policy}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def how_to_load(folder: str | Path) -> str:

@@ -174,12 +174,10 @@ _NEEDED_KEYS = {
 def _check_type(name: str, value: Any, where: str) -> None:
     if not isinstance(value, _TYPES[name]):
         raise DataError(f"{where}: the field {name!r} is a {type(value).__name__}, which it cannot be.")
-    if name in _NEEDED_KEYS:
-        for entry in value:
-            if not isinstance(entry, dict) or any(key not in entry for key in _NEEDED_KEYS[name]):
-                raise DataError(
-                    f"{where}: an entry of {name!r} lacks one of {', '.join(_NEEDED_KEYS[name]) or 'keys'}."
-                )
+    needed = _NEEDED_KEYS.get(name)
+    for entry in value if needed is not None else ():
+        if not isinstance(entry, dict) or any(key not in entry for key in needed or ()):
+            raise DataError(f"{where}: an entry of {name!r} is no mapping with {', '.join(needed or ()) or 'keys'}.")
 
 
 def now() -> str:

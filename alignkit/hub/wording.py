@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 METHODS = {
+    "sft": "supervised fine-tuning (TRL's SFTTrainer)",
     "dpo": "direct preference optimization (DPO, arXiv 2305.18290)",
     "kto": "Kahneman-Tversky optimization (KTO, arXiv 2402.01306)",
     "reward": "a Bradley-Terry reward model",
@@ -52,11 +53,10 @@ def size(count_bytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as `1 h 05 min`, `18 min` or `42 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min" if minutes else f"{rest} s"
+    if seconds < 60:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def count(number: int) -> str:

@@ -1,18 +1,16 @@
-"""Tables, `results.json` and the curve."""
+"""Tables of results."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 from pathlib import Path
 
-import pytest
 from rich.console import Console, RenderableType
 
 from alignkit.evaluation.generation import Answers
 from alignkit.evaluation.preference import summarize_labelled, summarize_pairs
-from alignkit.evaluation.report import answers_table, before_after_table, how_to_load, write_results
+from alignkit.evaluation.report import answers_table, before_after_table, how_to_load
 
 BEFORE = summarize_pairs(math.log(2), [0.0] * 4, [0.0] * 4, [5, 9, 3, 4], [7, 4, 3, 6])
 AFTER = summarize_pairs(0.51234, [1.0, 0.0, 2.0, 1.0], [0.0, 1.0, 0.0, 0.5], [5, 9, 3, 4], [7, 4, 3, 6])
@@ -61,24 +59,6 @@ def test_a_long_prompt_shows_its_end() -> None:
     text = text_of(answers_table([Answers("START" + "x" * 2000 + "END", "a", "b")]))
     assert "START" not in text
     assert "END" in text
-
-
-def test_results_are_whole_plain_json(tmp_path: Path) -> None:
-    answers = [Answers("Why?", None, "Grüße 👋")]
-    path = write_results(tmp_path / "new", {"before": BEFORE, "answers": answers, "log": [{"loss": math.nan}]})
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert path == tmp_path / "new" / "results.json"
-    assert found["before"]["accuracy"]["value"] == 0.5
-    assert found["answers"] == [{"prompt": "Why?", "reference": None, "policy": "Grüße 👋"}]
-    assert found["log"] == [{"loss": None}]
-
-
-def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
-    path = write_results(tmp_path, {"run": 1})
-    with pytest.raises(TypeError):
-        write_results(tmp_path, {"run": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"run": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_how_to_load_names_the_right_library(tmp_path: Path) -> None:
