@@ -25,6 +25,7 @@ from alignkit.cli import ModelArguments, RecipeParser, ScriptArguments, plain_er
 from alignkit.cli.inputs import load_splits, new_adapter
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.show import show_example
+from alignkit.evaluation.finish import finish_run
 from alignkit.evaluation.report import how_to_load, report_console
 from alignkit.models.load import (
     add_adapter,
@@ -34,6 +35,7 @@ from alignkit.models.load import (
     load_tokenizer,
     training_device,
 )
+from alignkit.trainers.recording import begin_record
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -75,7 +77,8 @@ def main() -> None:
     tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), **remote)
     console = report_console(quiet=args.process_index != 0)
     prepare = partial(prepare_preferences, tokenizer=tokenizer, max_length=args.max_length)
-    prepared = [prepare(rows, name=name) for rows, name in zip(load_splits(script), ("train", "eval"), strict=True)]
+    splits = load_splits(script)
+    prepared = [prepare(rows, name=name) for rows, name in zip(splits, ("train", "eval"), strict=True)]
     for _, report in prepared:
         console.print(report.table())
     console.print(show_example(next(iter(prepared[0][0])), tokenizer))
@@ -93,13 +96,17 @@ def main() -> None:
     if model_args.use_peft:
         keep_adapters_fp32(model)  # SFTTrainer rounds those of a quantized base to bf16
 
-    # 4. Train and save.
-    if args.eval_strategy != "no":
-        console.print(f"held-out loss before: {trainer.evaluate()['eval_loss']:.4f}")
+    # 4. Train, measure, save: what was done, on which rows, with which result.
+    record = begin_record(trainer, "sft", *splits, {report.name: report for _, report in prepared})
+    before = None if args.eval_strategy == "no" else trainer.evaluate()["eval_loss"]
     trainer.train(args.resume_from_checkpoint)
-    if args.eval_strategy != "no":
-        console.print(f"held-out loss after: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
+    if before is not None:
+        after = trainer.evaluate()["eval_loss"]
+        record.add_evaluation("held-out text", {"loss": after}, rows=len(test), baseline={"loss": before})
+        console.print(f"held-out loss: {before:.4f} before, {after:.4f} after")
+    if trainer.is_world_process_zero():
+        console.print(finish_run(record, args.output_dir).lines(), markup=False, highlight=False)
     console.print(how_to_load(args.output_dir), markup=False, highlight=False)
 
 

@@ -40,7 +40,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         table.add_row(name, Text(value))
     screen.print(table)
     for evaluation in record.evaluations:
-        screen.print(_evaluation_table(evaluation))
+        screen.print(evaluation_table(evaluation))
     if not record.evaluations:
         screen.print("Nothing was evaluated. `alignkit eval` does it.", markup=False)
 
@@ -64,7 +64,8 @@ def _facts(record: Any) -> Iterator[tuple[str, str]]:
     yield "finished", record.finished or "no"
 
 
-def _evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """An evaluation of a record: each metric with its interval, before and after where there is a before."""
     from alignkit.hub.wording import figure, metric_title
 
     baseline = evaluation.get("baseline") or {}

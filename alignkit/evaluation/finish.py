@@ -16,7 +16,6 @@ from alignkit.hub.record import RunRecord
 
 HELD_OUT_PREFERENCES = "held-out preferences"
 HELD_OUT_ANSWERS = "greedy answers to held-out prompts"
-HELD_OUT_TEXT = "held-out text"
 
 
 class Written(NamedTuple):

@@ -42,7 +42,8 @@ def what_it_is(record: RunRecord) -> str:
     source = f" of {train['source']}" if train.get("source") else ""
     what = "prompts" if record.method == "ppo" else "preferences"
     trained = "" if record.method == "reward" else "trained by "
-    return f"{kind} {relation} {shown}, {trained}{method} on {what}: {rows}{source}. Made with alignkit."
+    earlier = ", continuing from an adapter of an earlier training" if (record.adapter or {}).get("continued") else ""
+    return f"{kind} {relation} {shown}, {trained}{method} on {what}: {rows}{source}{earlier}. Made with alignkit."
 
 
 def reward_advice(record: RunRecord) -> str | None:

@@ -137,10 +137,16 @@ def _dtype(base: PreTrainedModel) -> str:
 
 
 def describe_adapter(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
-    """Describe the active adapter: kind, its settings, and all trainable parameters; `None` for a whole model."""
+    """Describe the active adapter before training; `None` for a whole model.
+
+    Returns:
+        `kind`, LoRA's settings, `continued` (whether it changes the base already, from an earlier training), and
+        `trainable_parameters` of the whole model.
+    """
     if not isinstance(model, PeftModel):
         return None
-    config: PeftConfig = model.peft_config[model.active_adapters[0]]
+    own = model.active_adapters[0]
+    config: PeftConfig = model.peft_config[own]
     found: dict[str, Any] = {"kind": str(PeftType(config.peft_type).value)}
     if isinstance(config, LoraConfig):
         targets = config.target_modules
@@ -153,6 +159,8 @@ def describe_adapter(model: PreTrainedModel | PeftModel) -> dict[str, Any] | Non
             "use_rslora": bool(config.use_rslora),
             "modules_to_save": list(config.modules_to_save or []),
         }
+    outer = [each for name, each in model.named_parameters() if f".lora_B.{own}." in name]  # zeros in a new adapter
+    found["continued"] = any(bool(each.detach().any()) for each in outer)
     found["trainable_parameters"] = sum(each.numel() for each in model.parameters() if each.requires_grad)
     return found
 

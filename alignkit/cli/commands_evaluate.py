@@ -1,0 +1,108 @@
+"""`alignkit eval`: what a model is worth on data that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignkit.cli.commands_run import evaluation_table
+from alignkit.cli.output import AsJson, console, print_json
+from alignkit.errors import ConfigError
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run's folder, a name on the Hub, or a reward model.", show_default=False
+        ),
+    ],
+    data: Annotated[str | None, typer.Option(help="Held-out preferences: a file, folder, Hub id, or 'demo'.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data, with a slice if you like: 'train[-300:]'.")] = "test",
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to answer, as --data is given; by default those of the data.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text file for perplexity: documents are separated by empty lines.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Who compares answers: 'reward:PATH', 'model:PATH' or 'NAME@https://host/v1'."),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Of a policy's loss; by default 0.1.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Score only the first pairs.")] = None,
+    max_prompts: Annotated[int, typer.Option(help="Answer the first prompts.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Length at which answers are cut, in tokens.")] = 96,
+    temperature: Annotated[float, typer.Option(help="Of the answers that are compared; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Pack the base's weights (NF4).")] = False,
+    keep: Annotated[
+        bool, typer.Option("--record/--no-record", help="Add what is found to the run's record, report and card.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a policy or a reward model on held-out data, with 95 % intervals.
+
+    A policy: accuracy, margin and calibration on pairs; answers beside those of its reference; KL; a judge's win rate,
+    both orders asked, also with length taken out; perplexity. A reward model: accuracy, by subset where rows name one.
+
+    [bold]Examples[/bold]
+
+      alignkit eval outputs/dpo_lora --data demo
+
+      alignkit eval outputs/dpo_lora --data pairs.jsonl --split "train[-300:]" --judge reward:outputs/reward_lora
+
+      alignkit eval me/my-adapter --data owner/pairs --judge gpt-4o-mini@https://api.openai.com/v1 --json
+    """
+    from alignkit.evaluation.run import EvaluationOptions, evaluate_run
+    from alignkit.models.load import nf4
+
+    options = EvaluationOptions(
+        split=split,
+        beta=beta,
+        max_pairs=max_pairs,
+        max_prompts=max_prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        quiet=as_json,
+    )
+    loading = {"quantization_config": nf4()} if load_in_4bit else {}
+    documents = None if texts is None else _documents(texts)
+    found = evaluate_run(model, data=data, prompts=prompts, texts=documents, judge=judge, options=options, **loading)
+    written = _add_to_record(model, found) if keep else None
+    if as_json:
+        print_json({"model": model, "evaluations": found})
+        return
+    screen = console()
+    for evaluation in found:
+        screen.print(evaluation_table(evaluation))
+    if written is not None:
+        screen.print(written, markup=False)
+
+
+def _documents(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--texts: '{path}' cannot be read as UTF-8 text ({error}).") from error
+    found = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if not found:
+        raise ConfigError(f"--texts: '{path}' holds no text.")
+    return found
+
+
+def _add_to_record(model: str, found: list[dict]) -> str | None:
+    """Add the evaluations to the record in the model's folder, and write its report and card anew."""
+    from alignkit.evaluation.finish import finish_run
+    from alignkit.hub.record import RECORD_FILE, RunRecord
+
+    folder = Path(model).expanduser()
+    if not (folder / RECORD_FILE).is_file():
+        return None
+    record = RunRecord.load(folder)
+    for each in found:
+        record.add_evaluation(each["name"], each["metrics"], rows=each["rows"], details=each["details"])
+    return finish_run(record, folder).lines()
