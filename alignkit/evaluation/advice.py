@@ -10,11 +10,12 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from alignkit.data.reasons import DropReason
 from alignkit.evaluation.figures import Figure, figure, mapping, number
 from alignkit.hub.record import RunRecord
-from alignkit.trainers.callbacks import DISPLACEMENT_NATS
 from alignkit.trainers.ppo_diagnosis import diagnose
 
+DISPLACEMENT_NATS = 5.0  # the threshold of the trainer's warning, which this module does not import: it loads torch
 FEW_ROWS = 100  # the interval of a rate is then about 20 points wide
 DROPPED = 0.05  # share of the rows read
 TRUNCATED = 0.05  # share of the rows kept
@@ -30,6 +31,7 @@ TREND = 0.02  # change of accuracy, and of the loss, that is more than noise bet
 TREND_POINTS = 9  # logged values, three in each third
 LONGER = 1.5  # times the tokens per answer before
 CALIBRATION = 0.1  # mean distance of stated chance and outcome
+_PROMPT_TOO_LONG = DropReason.PROMPT_TOO_LONG.value
 # What `diagnose` finds too, in other words; the rules here also read evaluations.
 _TOLD_HERE = ("KL blow-up", "completions do not end", "dead critic")
 
@@ -213,7 +215,7 @@ def _dropped(record: RunRecord) -> str | None:
         drops = mapping(preparation.get("drops"))
         counts = {reason: number(mapping(each).get("count")) or 0.0 for reason, each in drops.items()}
         reason = max(counts, key=lambda each: counts[each], default="unknown")
-        option = "max_prompt_tokens" if "max_prompt_tokens" in reason else "max_length" if "length" in reason else None
+        option = "max_prompt_length" if reason == _PROMPT_TOO_LONG else "max_length" if "length" in reason else None
         remedy = f"raise {option}" if option else "repair these rows in the data"
         share = _percent((read - kept) / read)
         return f"{share} of the rows of '{name}' were dropped, most of them for '{reason}': {remedy}."

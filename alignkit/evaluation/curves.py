@@ -98,7 +98,7 @@ _WANTED = (
         "kl",
         "KL from the reference",
         _KL_UNIT,
-        (_Curve("KL", ("objective/kl",), held_out=("kl",)),),
+        (_Curve("KL", ("objective/kl", "kl"), held_out=("kl",)),),
         reference=0.0,
     ),
     _Wanted("loss", "Loss", "", (_Curve("loss", ("loss",)),)),
@@ -127,7 +127,6 @@ _WANTED = (
         reference=0.0,
         reference_label="as the reference",
     ),
-    _Wanted("kl_estimate", "KL from the reference", "estimated from mismatched answers", (_Curve("KL", ("kl",)),)),
     _Wanted(
         "reward_range",
         "Rewards given",

@@ -108,7 +108,7 @@ def chart(panel: Panel) -> Chart:
     left = 8 + _CHARACTER * max(map(len, y_texts))
     x_low, x_high = _padded(min(xs), max(xs)) if panel.is_path else _spread(min(xs), max(xs))
     across, up = _Scale(x_low, x_high, left, WIDTH - _RIGHT), _Scale(y_low, y_high, HEIGHT - _BOTTOM, _TOP)
-    x_ticks = nice_ticks(x_low, x_high)
+    x_ticks = nice_ticks(x_low, x_high, least=0.0 if panel.is_path else 1.0)
     reference = None if panel.reference is None or not y_low <= panel.reference <= y_high else up(panel.reference)
     return Chart(
         key=panel.key,
@@ -132,11 +132,11 @@ def chart(panel: Panel) -> Chart:
     )
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between `low` and `high`, about five of them."""
+def nice_ticks(low: float, high: float, *, least: float = 0.0) -> list[float]:
+    """Return round numbers between `low` and `high`, about five of them and no nearer to one another than `least`."""
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next((each for each in (1, 2, 2.5, 5) if each * power >= rough), 10)
+    step = max(least, power * next((each for each in (1, 2, 2.5, 5) if each * power >= rough), 10))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 

@@ -140,13 +140,14 @@ class View(NamedTuple):
 def view(record: RunRecord) -> View:
     """Turn a record into what the page shows."""
     evaluations = [_evaluation(each) for each in record.evaluations]
+    headlines = _headlines(evaluations)
     is_safety = [str(each["name"]).lower().startswith(SAFETY) for each in record.evaluations]
     return View(
         title=f"{_METHODS.get(record.method, record.method)} on {_base(record)}",
         ended=_time(record.finished),
-        sentence=_sentence(record),
+        sentence=_sentence(record, headlines),
         facts=_facts(record),
-        headlines=_headlines(evaluations),
+        headlines=headlines,
         evaluations=[each for each, safe in zip(evaluations, is_safety, strict=True) if not safe],
         safety=[each for each, safe in zip(evaluations, is_safety, strict=True) if safe],
         samples=[_sample(each) for each in record.samples[:_MOST_SAMPLES]],
@@ -166,25 +167,35 @@ def _base(record: RunRecord) -> str:
     return str(record.base.get("name") or "a model")
 
 
-def _sentence(record: RunRecord) -> str:
-    """What the run is, in one sentence."""
+def _sentence(record: RunRecord, headlines: list[Headline]) -> str:
+    """What the run is, and what it achieved first of all."""
     adapter = record.adapter
     if adapter is None:
-        how = "all weights of"
+        trained = f"all weights of {_base(record)}"
     else:
-        rank = number(adapter.get("r"))
-        kind = str(adapter.get("kind") or "PEFT").replace("LORA", "LoRA")
-        how = f"a {kind} adapter" + (f" of rank {rank:g}" if rank is not None else "") + " on"
+        kind, rank = str(adapter.get("kind") or "PEFT").replace("LORA", "LoRA"), number(adapter.get("r"))
+        trained = f"a {kind} adapter" + (f" of rank {rank:g}" if rank is not None else "") + f" on {_base(record)}"
     training = next((each for each in record.data if each["name"] == "train"), None)
     rows = None if training is None else number(training.get("rows"))
-    unit = "prompts" if record.method == "ppo" else "completions" if record.method == "kto" else "pairs"
+    unit = {"ppo": "prompts", "kto": "completions"}.get(record.method, "pairs")
     on = f" with {rows:,.0f} {unit}" if rows is not None else ""
     steps, seconds = number(record.usage.get("steps")), number(record.usage.get("training_seconds"))
     took = f" in {steps:,.0f} steps" if steps is not None else ""
     took += f" and {show_seconds(seconds)}" if seconds is not None else ""
-    rewarded = f", rewarded by {', '.join(record.reward)}" if record.reward else ""
+    rewarded = f", rewarded by {', '.join(map(str, record.reward))}" if record.reward else ""
     end = "" if record.finished is not None else " Training has not ended."
-    return f"{_METHODS.get(record.method, record.method)} trained {how} {_base(record)}{on}{took}{rewarded}.{end}"
+    method = _METHODS.get(record.method, record.method)
+    return f"{method}: {trained}, trained{on}{took}{rewarded}.{end}{_result(headlines)}"
+
+
+def _result(headlines: list[Headline]) -> str:
+    if not headlines:
+        return ""
+    row = headlines[0].row
+    interval = f" (95 % interval {row.after_interval})" if row.after_interval else ""
+    before = f", {row.before} before" if row.before else ""
+    label = row.label if row.label[:2].isupper() else row.label[:1].upper() + row.label[1:]
+    return f" {label} on held-out data: {row.after}{interval}{before}."
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
