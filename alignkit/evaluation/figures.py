@@ -1,0 +1,105 @@
+"""Numbers out of a run record, which may hold anything JSON can, and how they are written for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+MISSING = "–"
+_LARGEST = 1e30  # beyond, a curve's axis would say nothing, and differences overflow
+_KIBI = 1024
+
+# Metrics that are shares of something, shown in percent: by the last words of their names.
+_SHARES = re.compile(r"(accurac(y|ies)|rate|share|fraction|consistency|resistance|shorter|longer|refusals?)$")
+
+
+class Figure(NamedTuple):
+    """A measured value and its 95 % interval; `low` and `high` are `None` where there is none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def number(value: Any) -> float | None:
+    """Return `value` if it is a number that can be drawn, else `None`; booleans are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < _LARGEST else None  # also not a number and infinite ones
+
+
+def figure(value: Any) -> Figure | None:
+    """Return the number, or the mapping with `value`, `low` and `high`, as a figure; `None` for anything else."""
+    if isinstance(value, Mapping):
+        measured, low, high = (number(value.get(key)) for key in ("value", "low", "high"))
+        if measured is None:
+            return None
+        return Figure(measured, low, high) if low is not None and high is not None else Figure(measured)
+    measured = number(value)
+    return None if measured is None else Figure(measured)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return `value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric of this name lies between 0 and 1 and is shown in percent."""
+    return _SHARES.search(name) is not None
+
+
+def show_number(value: Any) -> str:
+    """Write a number with about three significant digits; whole numbers whole; a dash for none."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    size = abs(found)
+    if isinstance(value, int) or size >= 1000:
+        text = f"{found:,.0f}"
+    elif size >= 100:
+        text = f"{found:.1f}"
+    elif size >= 10:
+        text = f"{found:.2f}"
+    elif size >= 0.01 or size == 0:
+        text = f"{found:.3f}"
+    else:
+        text = f"{found:.1e}"
+    return text.replace("-", "−") if "e" not in text else text
+
+
+def show_figure(value: float, *, share: bool) -> str:
+    """Write a metric's value: shares in percent."""
+    return f"{100 * value:.1f} %".replace("-", "−") if share else show_number(float(value))
+
+
+def show_interval(found: Figure, *, share: bool) -> str:
+    """Write a metric's interval, or nothing where it has none."""
+    if found.low is None or found.high is None:
+        return ""
+    scale = 100 if share else 1
+    low, high = (
+        f"{scale * end:.1f}".replace("-", "−") if share else show_number(end) for end in (found.low, found.high)
+    )
+    return f"[{low}, {high}]"
+
+
+def show_bytes(value: Any) -> str:
+    """Write a number of bytes in GiB or MiB."""
+    found = number(value)
+    if found is None or found < 0:
+        return MISSING
+    return f"{found / _KIBI**3:.2f} GiB" if found >= _KIBI**3 else f"{found / _KIBI**2:.0f} MiB"
+
+
+def show_seconds(value: Any) -> str:
+    """Write a duration as hours, minutes and seconds."""
+    found = number(value)
+    if found is None or found < 0:
+        return MISSING
+    if found < 60:
+        return f"{found:.1f} s"
+    minutes, seconds = divmod(round(found), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
