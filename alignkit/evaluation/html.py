@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from alignkit.evaluation.curves import panels
 from alignkit.evaluation.html_charts import chart
 from alignkit.evaluation.html_text import visible
 from alignkit.evaluation.html_view import View, view
-from alignkit.hub.record import RunRecord
+from alignkit.hub.record import RunRecord, write_text
 from alignkit.trainers.ppo_diagnosis import DIAGNOSES
 
 REPORT_FILE = "report.html"
@@ -36,17 +34,7 @@ def write_report(record: RunRecord, folder: str | Path) -> Path:
         record: of a run, finished or not. What it lacks is left out of the page.
         folder: usually the run's output directory.
     """
-    path = Path(folder) / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render_report(record)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{REPORT_FILE}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    return write_text(Path(folder) / REPORT_FILE, render_report(record))
 
 
 def render_report(record: RunRecord) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from alignkit.errors import DataError
 from alignkit.hub.card_text import base_advice, intended_use, limits, memory_needed, reward_advice, snippet, what_it_is
 from alignkit.hub.metadata import card_metadata, default_name, merged_metadata
-from alignkit.hub.record import RECORD_FILE, RunRecord
+from alignkit.hub.record import RECORD_FILE, RunRecord, write_text
 from alignkit.hub.wording import base_name, count, duration, figure, metric_title, size
 
 CARD_FILE = "README.md"
 
 _SAMPLES = 4
+# Of those that `alignkit report` draws, the ones that a card shows where they lie beside it.
+_PICTURES = ("accuracy.png", "margin.png", "reward.png", "kl.png", "frontier.png")
 _SAMPLE_CHARACTERS = 1500
 # Written by the libraries beneath us, without a word of a person in it.
 _TEMPLATES = ("# Model Card for Model ID", "[More Information Needed]", "should probably proofread and complete it")
@@ -30,20 +32,27 @@ _SEAL = re.compile(r"\n*<!-- Written by alignkit from run_record\.json \(([0-9a-
 logger = logging.getLogger(__name__)
 
 
-def render_card(record: RunRecord, *, repo_id: str | None = None, license: str | None = None) -> str:
+def render_card(
+    record: RunRecord,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
     """Return the text of a run's model card, metadata included.
 
     Args:
         record: of the run.
         repo_id: where the model will be on the Hub; by default the card speaks of the folder that it lies in.
         license: an identifier of the Hub; by default the base's.
+        pictures: names of image files beside the card, to be shown.
 
     Raises:
         DataError: metadata that the Hub would not take.
     """
     name = default_name(record) if repo_id is None else repo_id.split("/")[-1]
     metadata = card_metadata(record, model_name=name, license=license)
-    body = _render(record, title=name, repo_id=repo_id)
+    body = _render(record, title=name, repo_id=repo_id, pictures=pictures)
     seal = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"---\n{metadata}\n---\n\n{body}\n\n<!-- Written by alignkit from {RECORD_FILE} ({seal}) -->\n"
 
@@ -58,12 +67,15 @@ def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = Non
     Raises:
         DataError: metadata that the Hub would not take, or a `README.md` that cannot be read.
     """
-    rendered = render_card(record, repo_id=repo_id, license=license)
+    pictures = [name for name in _PICTURES if (Path(folder) / name).is_file()]
+    rendered = render_card(record, repo_id=repo_id, license=license, pictures=pictures)
     path = Path(folder) / CARD_FILE
     if not path.is_file():
         return rendered
     try:
-        theirs = ModelCard(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # A card without metadata gets an empty block, for which huggingface_hub would print a warning.
+        theirs = ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"'{path}' cannot be read ({error}): mend its metadata, or remove the file.") from error
     if is_generated(theirs.text):
@@ -84,10 +96,7 @@ def write_card(
     Raises:
         DataError: as `card_for`.
     """
-    path = Path(folder) / CARD_FILE
-    text = card_for(folder, record, repo_id=repo_id, license=license)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return path
+    return write_text(Path(folder) / CARD_FILE, card_for(folder, record, repo_id=repo_id, license=license))
 
 
 def is_generated(body: str) -> bool:
@@ -99,7 +108,7 @@ def is_generated(body: str) -> bool:
     return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()[:16] == seal[1]
 
 
-def _render(record: RunRecord, *, title: str, repo_id: str | None) -> str:
+def _render(record: RunRecord, *, title: str, repo_id: str | None, pictures: Sequence[str]) -> str:
     environment = Environment(
         loader=PackageLoader("alignkit.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -107,6 +116,7 @@ def _render(record: RunRecord, *, title: str, repo_id: str | None) -> str:
     text = environment.get_template("card.md.jinja").render(
         title=title,
         record=record,
+        pictures=[(Path(name).stem.replace("_", " "), name) for name in pictures],
         what=what_it_is(record),
         evaluations=[_evaluation(each) for each in record.evaluations],
         base_advice=base_advice(record, repo_id),
@@ -114,7 +124,7 @@ def _render(record: RunRecord, *, title: str, repo_id: str | None) -> str:
         snippet=snippet(record, repo_id),
         memory=memory_needed(record),
         intended=intended_use(record),
-        limits=limits(record),
+        limits=[*map(_inline, record.notes), *limits(record)],
         training=_training(record),
         settings=_yaml({name: record.settings[name] for name in record.changed if name in record.settings}),
         data=[_data_row(each) for each in record.data],
@@ -160,7 +170,8 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
         where = "of the device" if machine.get("device") == "cuda" else "of the process"
         rows.append(("peak memory", f"{size(usage['peak_memory_bytes'])} {where}"))
     processes = f", {machine['processes']} processes" if machine.get("processes", 1) > 1 else ""
-    rows.append(("machine", f"{machine.get('device_name', 'unknown')}, {machine.get('threads')} threads{processes}"))
+    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}" if machine.get("threads") else ""
+    rows.append(("machine", f"{machine.get('device_name', 'unknown')}{threads}{processes}"))
     rows.append(("seed", str(record.seeds.get("seed"))))
     return [(name, _inline(value)) for name, value in rows]
 
@@ -203,7 +214,7 @@ def _inline(text: str) -> str:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None).strip() or "{}"
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=False).strip() or "{}"
 
 
 def _versions(record: RunRecord) -> list[tuple[str, str]]:

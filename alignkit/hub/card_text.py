@@ -183,5 +183,6 @@ def limits(record: RunRecord) -> list[str]:
             f"It was trained on a base packed as {record.base['quantization']}; on unpacked weights it behaves a "
             "little differently."
         )
-    found.append("One run with one seed: other seeds give other figures.")
+    if not any((each.get("details") or {}).get("other_run") for each in record.evaluations):
+        found.append("One run with one seed: other seeds give other figures.")
     return found

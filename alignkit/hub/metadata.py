@@ -35,6 +35,7 @@ LICENSES = frozenset(
     """.split()  # noqa: SIM905
 )
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
+_BASELINES = ("shorter",)  # figures that are no result of the model
 _PIPELINE_OF = {"reward": "text-classification"}
 
 
@@ -83,18 +84,21 @@ def _results(record: RunRecord) -> list[EvalResult]:
     held_out = next((each for each in record.data if each["name"].startswith("eval")), {})
     found = []
     for evaluation in record.evaluations:
+        if (evaluation.get("details") or {}).get("other_run"):  # a comparison, and no result of this model
+            continue
         for name, metric in evaluation["metrics"].items():
             value = value_of(metric)
-            if value is None:
+            if value is None or name in _BASELINES:
                 continue
             found.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=held_out.get("hub_id") or "local",
                     dataset_name=f"{evaluation['name']}, {held_out.get('source') or 'rows of its own'}",
+                    dataset_config=evaluation["name"],  # results of one data set are told apart by it
                     metric_type=name,
                     metric_name=metric_title(name),
-                    metric_value=value,
+                    metric_value=round(value, 6),
                 )
             )
     return found

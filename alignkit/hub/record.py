@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
@@ -46,6 +46,7 @@ class RunRecord:
             `value`, `low` and `high`.
         samples: `{"prompt", "before", "after"}` each; `before` may be `None`.
         log: `trainer.state.log_history`.
+        notes: what readers should know and figures do not say, in sentences; the card shows them.
         audit: what an audit of the data found; `None` where none was made.
     """
 
@@ -67,6 +68,7 @@ class RunRecord:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
 
     def add_evaluation(
@@ -85,7 +87,8 @@ class RunRecord:
             metrics: numbers, or anything with `value`, `low` and `high`, by name.
             rows: how many rows, prompts or answers it was measured on.
             baseline: the same metrics of what the run started from.
-            details: anything else that JSON can hold.
+            details: anything else that JSON can hold. `other_run: True` marks figures of a run that this one is
+                compared with.
         """
         entry: dict[str, Any] = {"name": name, "rows": rows, "metrics": plain(metrics)}
         entry["baseline"] = None if baseline is None else plain(baseline)
@@ -161,7 +164,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "command": (str, type(None)),
     "audit": (dict, type(None)),
     **dict.fromkeys(("settings", "versions", "hardware", "seeds", "usage"), dict),
-    **dict.fromkeys(("data", "reward", "changed", "evaluations", "samples", "log"), list),
+    **dict.fromkeys(("data", "reward", "changed", "evaluations", "samples", "log", "notes"), list),
 }
 _NEEDED_KEYS = {
     "evaluations": ("name", "rows", "metrics"),
@@ -207,18 +210,25 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write `value` to `path` as JSON through a temporary file beside it, making folders as needed.
+    """Write `value` to `path` as JSON, as `write_text` does.
 
     Raises:
         TypeError: something that JSON cannot hold; nothing is written then.
     """
+    return write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path` through a temporary file beside it, making folders as needed; return the path.
+
+    The file has the rights that the process gives to new files, and what UTF-8 cannot hold is escaped.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
