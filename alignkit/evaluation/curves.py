@@ -219,7 +219,7 @@ def panels(log: Log) -> list[Panel]:
         names = {name.removeprefix(prefix) for name in names}
     others = [_Wanted(name, name, "", (_Curve("", (name,)),), False) for name in sorted(names)]
     more = (_panel(wanted, rows, prefixes, x_label, told) for wanted in others if not _UNTOLD.search(wanted.key))
-    return [*found, *[panel for panel in more if panel is not None][:_MAX_OTHERS]]
+    return [*found, *itertools.islice((panel for panel in more if panel is not None), _MAX_OTHERS)]
 
 
 def thinned(series: Series, most: int) -> Series:
