@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alignkit.data.reasons import DropReason
-from alignkit.evaluation.figures import Figure, figure, mapping, number
+from alignkit.evaluation.figures import Figure, both_sides, figure, mapping, number
 from alignkit.hub.record import RunRecord
 from alignkit.trainers.ppo_diagnosis import diagnose
 
@@ -30,6 +30,7 @@ CRITIC_ROLLOUTS = 10  # a critic that begins with random values needs some
 TREND = 0.02  # change of accuracy, and of the loss, that is more than noise between two thirds of a log
 TREND_POINTS = 9  # logged values, three in each third
 LONGER = 1.5  # times the tokens per answer before
+CONSISTENCY = 0.7  # share of pairs; one half would be chance between two answers
 CALIBRATION = 0.1  # mean distance of stated chance and outcome
 _PROMPT_TOO_LONG = DropReason.PROMPT_TOO_LONG.value
 # What `diagnose` finds too, in other words; the rules here also read evaluations.
@@ -172,7 +173,7 @@ def _small_rate(record: RunRecord) -> str | None:
 
 
 def _far_away(record: RunRecord) -> str | None:
-    measured = [kl.value for each in record.evaluations if (kl := _metric(each, "kl")) is not None]
+    measured = [kl.value for each in record.evaluations if (kl := _metric(each, "kl", "k1")) is not None]
     kl = max([*measured, *_values(record, "objective/kl")[-1:]], default=0.0)
     if kl <= HIGH_KL:
         return None
@@ -183,7 +184,9 @@ def _far_away(record: RunRecord) -> str | None:
 
 
 def _cut_off(record: RunRecord) -> str | None:
-    measured = [rate.value for each in record.evaluations if (rate := _metric(each, "eos_rate")) is not None]
+    measured = [
+        rate.value for each in record.evaluations if (rate := _metric(each, "eos_rate", "finished")) is not None
+    ]
     logged = _values(record, "completions/eos_rate")[-3:]
     rates = measured or ([statistics.fmean(logged)] if logged else [])
     if not rates or min(rates) >= LOW_EOS_RATE:
@@ -202,8 +205,9 @@ def _weak_critic(record: RunRecord) -> str | None:
     if last >= LOW_EXPLAINED:
         return None
     return (
-        f"The critic explains {_percent(last)} of the returns' variance: raise value_learning_rate to ten "
-        "times learning_rate, set critic_warmup_rollouts=10, or use advantage_estimator='rloo', which needs no critic."
+        f"The critic's explained variance ended at {last:.2f}, where a useful one has 0.3 or more: raise "
+        "value_learning_rate to ten times learning_rate, set critic_warmup_rollouts=10, or use "
+        "advantage_estimator='rloo', which needs no critic."
     )
 
 
@@ -233,14 +237,36 @@ def _truncated(record: RunRecord) -> str | None:
 
 def _longer_answers(record: RunRecord) -> str | None:
     for evaluation in record.evaluations:
-        for name in ("tokens", "mean_length", "length"):
-            after, before = _metric(evaluation, name), figure(mapping(evaluation.get("baseline")).get(name))
-            if after is not None and before is not None and before.value > 0 and after.value > LONGER * before.value:
-                return (
-                    f"Answers grew from {before.value:.0f} to {after.value:.0f} tokens: see whether the gain holds at "
-                    "equal length. With PPO set overlong_buffer_tokens; with DPO use loss_type='simpo', or balance the "
-                    "lengths in the data."
-                )
+        after, before = (figure(side.get("tokens")) for side in both_sides(evaluation))
+        if after is not None and before is not None and after.value > LONGER * before.value > 0:
+            return (
+                f"Answers grew from {before.value:.0f} to {after.value:.0f} tokens: see whether the gain holds at "
+                "equal length. With PPO set overlong_buffer_tokens; with DPO use loss_type='simpo', or balance the "
+                "lengths in the data."
+            )
+    return None
+
+
+def _length_wins(record: RunRecord) -> str | None:
+    for evaluation in record.evaluations:
+        raw, controlled = _metric(evaluation, "win_rate"), _metric(evaluation, "length_controlled_win_rate")
+        lows = [found.low for found in (raw, controlled) if found is not None and found.low is not None]
+        if raw is not None and controlled is not None and len(lows) == 2 and lows[0] > 0.5 >= lows[1]:
+            return (
+                f"The win rate of {_percent(raw.value)} is {_percent(controlled.value)} at equal length, which may be "
+                "no win at all: use loss_type='simpo', or balance the lengths of both sides in the data."
+            )
+    return None
+
+
+def _partial_judge(record: RunRecord) -> str | None:
+    for evaluation in record.evaluations:
+        consistency = _metric(evaluation, "order_consistency")
+        if consistency is not None and consistency.value < CONSISTENCY:
+            return (
+                f"The judge names the same answer in both orders for {_percent(consistency.value)} of the pairs only: "
+                "its win rate says little, so give a larger model or a reward model as judge."
+            )
     return None
 
 
@@ -269,6 +295,8 @@ RULES: tuple[Rule, ...] = (
     Rule("gradient spikes", _spikes),
     Rule("a learning rate too low for LoRA", _small_rate),
     Rule("answers that grew longer", _longer_answers),
+    Rule("wins by length", _length_wins),
+    Rule("a judge that goes by the order", _partial_judge),
     Rule("chances that are off", _calibration),
     Rule("dropped rows", _dropped),
     Rule("truncated answers", _truncated),
@@ -288,8 +316,10 @@ def _diagnoses(record: RunRecord) -> Iterator[Advice]:
             yield Advice(finding.name, f"{finding.evidence}. {finding.explanation} Change {finding.remedy}")
 
 
-def _metric(evaluation: Mapping[str, Any], name: str) -> Figure | None:
-    return figure(mapping(evaluation["metrics"]).get(name))
+def _metric(evaluation: Mapping[str, Any], *names: str) -> Figure | None:
+    """The first of the metrics of that name that the evaluation has, as measured at the end."""
+    after, _ = both_sides(evaluation)
+    return next((found for name in names if (found := figure(after.get(name))) is not None), None)
 
 
 def _values(record: RunRecord, name: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ _WANTED = (
     _Wanted(
         "endings",
         "Answers that end by themselves",
-        "share of completions",
+        "share",
         (_Curve("ended", ("completions/eos_rate",), held_out=("eos_rate",)),),
         is_share=True,
     ),
@@ -218,18 +219,19 @@ def panels(log: Log) -> list[Panel]:
         names = {name.removeprefix(prefix) for name in names}
     others = [_Wanted(name, name, "", (_Curve("", (name,)),), False) for name in sorted(names)]
     more = (_panel(wanted, rows, prefixes, x_label, told) for wanted in others if not _UNTOLD.search(wanted.key))
-    return [*found, *[panel for panel in more if panel is not None][:_MAX_OTHERS]]
+    return [*found, *itertools.islice((panel for panel in more if panel is not None), _MAX_OTHERS)]
 
 
 def thinned(series: Series, most: int) -> Series:
     """Return a curve of at most `most` points, with the lowest and highest of each stretch, so that spikes stay.
 
-    The first and the last point stay, and so does the first of each stretch that is no number.
+    The first and the last point stay, and points that had a value between them that is no number stay apart.
     """
     points = series.points
     if len(points) <= most:
         return series
-    stretches = max(1, (most - 2) // 3)
+    # Of a stretch without gaps two points stay; between any two points that stay there may be a gap.
+    stretches = max(1, (most - 2) // 2 if not series.not_numbers else (most - 3) // 4)
     inner = range(1, len(points) - 1)
     kept = {0, len(points) - 1}
     for index in range(stretches):
@@ -237,8 +239,11 @@ def thinned(series: Series, most: int) -> Series:
         values = [(y, place) for place in stretch if (y := points[place].y) is not None]
         if values:
             kept |= {min(values)[1], max(values)[1]}
-        kept |= set([place for place in stretch if points[place].y is None][:1])
-    return series._replace(points=tuple(points[place] for place in sorted(kept)))
+    gaps = {
+        next((place for place in range(first + 1, second) if points[place].y is None), first)
+        for first, second in itertools.pairwise(sorted(kept))
+    }
+    return series._replace(points=tuple(points[place] for place in sorted(kept | gaps)))
 
 
 def _axis(log: Log) -> tuple[list[float | None], str]:

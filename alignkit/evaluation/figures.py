@@ -11,7 +11,9 @@ _LARGEST = 1e30  # beyond, a curve's axis would say nothing, and differences ove
 _KIBI = 1024
 
 # Metrics that are shares of something, shown in percent: by the last words of their names.
-_SHARES = re.compile(r"(accurac(y|ies)|rate|share|fraction|consistency|resistance|shorter|longer|refusals?)$")
+_SHARES = re.compile(
+    r"(accurac(y|ies)|rate|share|fraction|consistency|resistance|shorter|longer|refusals?|finished|overall)$"
+)
 
 
 class Figure(NamedTuple):
@@ -45,9 +47,25 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def both_sides(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metrics of an evaluation after and before.
+
+    Before is its `baseline`, or metrics of the same mapping whose names say so: `reference/tokens` beside
+    `policy/tokens`, `reference_perplexity` beside `perplexity`.
+    """
+    metrics = mapping(evaluation.get("metrics"))
+    after, before = dict(metrics), dict(mapping(evaluation.get("baseline")))
+    for name in metrics:
+        plain = name.removeprefix("reference/").removeprefix("reference_")
+        if plain != name and not {plain, f"policy/{plain}"}.isdisjoint(metrics):
+            before[plain] = after.pop(name)
+    return {name.removeprefix("policy/"): value for name, value in after.items()}, before
+
+
 def is_share(name: str) -> bool:
     """Whether a metric of this name lies between 0 and 1 and is shown in percent."""
-    return _SHARES.search(name) is not None
+    kind, _, _ = name.partition("/")
+    return kind in ("subset", "section") or _SHARES.search(kind) is not None
 
 
 def show_number(value: Any) -> str:

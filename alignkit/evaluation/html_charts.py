@@ -218,7 +218,13 @@ def _line(curve: Series, across: _Scale, up: _Scale, most_dots: int) -> Line:
         pen = "L"
     dots = [(across(x), up(y)) for x, y in curve.drawn]
     lost = [across(x) for x, y in curve.points if y is None]
-    shown = dots if len(dots) <= most_dots else []
+    ys = [None, *(y for _, y in curve.points), None]
+    alone = [  # no line leads to them
+        (across(x), up(y))
+        for index, (x, y) in enumerate(curve.points, start=1)
+        if y is not None and ys[index - 1] is None and ys[index + 1] is None
+    ]
+    shown = dots if len(dots) <= most_dots else alone
     return Line(curve.label, curve.tone, curve.is_held_out, " ".join(commands), shown, lost)
 
 

@@ -3,93 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from alignkit.evaluation.figures import (
     MISSING,
-    Figure,
-    figure,
-    is_share,
     mapping,
     number,
     show_bytes,
-    show_figure,
-    show_interval,
     show_number,
     show_seconds,
 )
-from alignkit.evaluation.html_charts import IntervalPlot, interval_plot
+from alignkit.evaluation.html_tables import Evaluation, Headline, evaluation_table, flat, headlines_of, setting
 from alignkit.evaluation.html_text import FOLDED_CHARACTERS, Compared, compare, shortened
 from alignkit.hub.record import RunRecord
 
 SAFETY = "safety"  # names of evaluations that belong into the safety table begin with it
 _MOST_SAMPLES = 24
-_MOST_HEADLINES = 4
 _PROMPT_END = 220  # characters of a long prompt that are shown unfolded: its last ones, where the question is
-_MOST_SETTING = 400  # characters of one setting's value
 
 _METHODS = {"dpo": "DPO", "kto": "KTO", "ppo": "PPO", "reward": "Reward model"}
-# Words for metrics; another one is called by its name.
-_METRICS = {
-    "accuracy": "reward accuracy",
-    "margin": "reward margin",
-    "shorter": "baseline: prefer the shorter",
-    "kl": "KL from the reference, nats",
-    "tokens": "tokens per answer",
-    "eos_rate": "answers that end by themselves",
-    "win_rate": "win rate",
-    "length_controlled_win_rate": "win rate, length-controlled",
-    "calibration_error": "calibration error",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct word pairs",
-}
-# Values with a meaning of their own, drawn as a line beside the intervals.
-_REFERENCES = {"accuracy": 0.5, "win_rate": 0.5, "length_controlled_win_rate": 0.5, "shorter": 0.5, "margin": 0.0}
-# What a run is judged by, the most telling first.
-_HEADLINES = (
-    "length_controlled_win_rate",
-    "win_rate",
-    "accuracy",
-    "reward",
-    "margin",
-    "kl",
-    "perplexity",
-    "eos_rate",
-    "tokens",
-)
-_UNTOLD_METRICS = ("rows", "ties", "is_paired")
-
-
-class Row(NamedTuple):
-    """One metric of an evaluation, before and after."""
-
-    name: str
-    label: str
-    before: str
-    before_interval: str
-    after: str
-    after_interval: str
-    change: str
-    plot: IntervalPlot | None
-
-
-class Evaluation(NamedTuple):
-    """One table of the before/after section."""
-
-    name: str
-    rows: str
-    has_before: bool
-    metrics: list[Row]
-    details: list[tuple[str, str]]
-
-
-class Headline(NamedTuple):
-    """One of the few figures at the top."""
-
-    row: Row
-    evaluation: str
-    rows: str
 
 
 class Sample(NamedTuple):
@@ -139,8 +72,8 @@ class View(NamedTuple):
 
 def view(record: RunRecord) -> View:
     """Turn a record into what the page shows."""
-    evaluations = [_evaluation(each) for each in record.evaluations]
-    headlines = _headlines(evaluations)
+    evaluations = [evaluation_table(each) for each in record.evaluations]
+    headlines = headlines_of(evaluations)
     is_safety = [str(each["name"]).lower().startswith(SAFETY) for each in record.evaluations]
     return View(
         title=f"{_METHODS.get(record.method, record.method)} on {_base(record)}",
@@ -153,9 +86,9 @@ def view(record: RunRecord) -> View:
         samples=[_sample(each) for each in record.samples[:_MOST_SAMPLES]],
         samples_left=max(0, len(record.samples) - _MOST_SAMPLES),
         data=[_dataset(each) for each in record.data],
-        audit=list(_flat(record.audit or {})),
-        changed=[(name, _setting(record.settings[name])) for name in record.changed if name in record.settings],
-        defaults=[(name, _setting(value)) for name, value in record.settings.items() if name not in record.changed],
+        audit=list(flat(record.audit or {})),
+        changed=[(name, setting(record.settings[name])) for name in record.changed if name in record.settings],
+        defaults=[(name, setting(value)) for name, value in record.settings.items() if name not in record.changed],
         usage=_usage(record),
         hardware=_hardware(record),
         versions=[(name, str(value)) for name, value in {"alignkit": record.alignkit, **record.versions}.items()],
@@ -209,59 +142,6 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _time(text: str | None) -> str:
     return "not finished" if text is None else text.replace("T", " ").replace("+00:00", " UTC")
-
-
-def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
-    baseline = mapping(entry.get("baseline"))
-    metrics = {name: value for name, value in mapping(entry["metrics"]).items() if name not in _UNTOLD_METRICS}
-    rows = [row for name, value in metrics.items() if (row := _row(name, value, baseline.get(name))) is not None]
-    return Evaluation(
-        name=str(entry["name"]),
-        rows=show_number(entry["rows"]),
-        has_before=any(row.before for row in rows),
-        metrics=rows,
-        details=list(_flat(mapping(entry.get("details")))),
-    )
-
-
-def _row(name: str, value: Any, before_value: Any) -> Row | None:
-    after, before = figure(value), figure(before_value)
-    if after is None:
-        return None
-    share = is_share(name)
-    if before is not None and name == "shorter":  # of the data, not of the model
-        before = None
-    change = "" if before is None else _change(before, after, share=share)
-    return Row(
-        name=name,
-        label=_METRICS.get(name, name.replace("_", " ")),
-        before="" if before is None else show_figure(before.value, share=share),
-        before_interval="" if before is None else show_interval(before, share=share),
-        after=show_figure(after.value, share=share),
-        after_interval=show_interval(after, share=share),
-        change=change,
-        plot=interval_plot(after, before, _REFERENCES.get(name)),
-    )
-
-
-def _change(before: Figure, after: Figure, *, share: bool) -> str:
-    difference = after.value - before.value
-    if not difference:
-        return "0"
-    size = f"{100 * abs(difference):.1f} pt" if share else show_number(abs(difference))
-    return ("+" if difference > 0 else "−") + size
-
-
-def _headlines(evaluations: list[Evaluation]) -> list[Headline]:
-    """The most telling metrics, each from the first evaluation that has it."""
-    found = []
-    for name in _HEADLINES:
-        for evaluation in evaluations:
-            row = next((row for row in evaluation.metrics if row.name == name), None)
-            if row is not None:
-                found.append(Headline(row, evaluation.name, evaluation.rows))
-                break
-    return found[:_MOST_HEADLINES]
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
@@ -350,30 +230,6 @@ def _hardware(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _model(record: RunRecord) -> list[tuple[str, str]]:
-    rows = list(_flat({name: value for name, value in record.base.items() if value not in (None, [], "")}))
+    rows = list(flat({name: value for name, value in record.base.items() if value not in (None, [], "")}))
     adapter = {name: value for name, value in (record.adapter or {}).items() if value not in (None, [], False)}
-    return [*rows, *((f"adapter: {name}", value) for name, value in _flat(adapter))]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of nested mappings, a line each."""
-    for name, value in values.items():
-        label = f"{prefix}{str(name).replace('_', ' ')}"
-        found = figure(value)
-        if isinstance(value, Mapping) and found is None:
-            yield from _flat(value, f"{label}: ")
-        elif isinstance(value, Mapping) and found is not None:
-            share = is_share(str(name))
-            yield label, f"{show_figure(found.value, share=share)} {show_interval(found, share=share)}".strip()
-        elif found is not None:
-            yield label, show_number(value)
-        else:
-            yield label, _setting(value)
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-        text = ", ".join(map(str, value)) or "none"
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MOST_SETTING else f"{text[:_MOST_SETTING]}… ({len(text):,} characters)"
+    return [*rows, *((f"adapter: {name}", value) for name, value in flat(adapter))]

@@ -66,6 +66,14 @@ DPO: dict[str, tuple[Change, str]] = {
         both(metric("tokens", 60.0), lambda record: record.evaluations[0]["baseline"].update(tokens=30.0)),
         "from 30 to 60 tokens",
     ),
+    "wins by length": (
+        both(
+            metric("win_rate", estimate(0.7, 0.6, 0.8)),
+            metric("length_controlled_win_rate", estimate(0.5, 0.4, 0.6)),
+        ),
+        "50.0 % at equal length",
+    ),
+    "a judge that goes by the order": (metric("order_consistency", estimate(0.5, 0.4, 0.6)), "as judge"),
     "chances that are off": (metric("calibration_error", 0.2), "20.0 %"),
     "dropped rows": (
         prepared(rows_kept=1300, drops={"empty": {"count": 1}, "longer than max_length": {"count": 299}}),
@@ -126,7 +134,7 @@ def test_every_text_names_an_option_that_exists() -> None:
             text = next(each.text for each in advise(record) if each.name == name)
             named = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", text)) - {"max_prompt_tokens", "entropy_avg"}
             assert named <= options, (name, named - options)
-            assert set(re.findall(r"\w+", text)) & options, text
+            assert set(re.findall(r"\w+", text)) & (options | {"judge"}), text
 
 
 def test_displacement_is_what_the_trainer_warns_of() -> None:
@@ -155,6 +163,20 @@ def test_the_longer_answer_is_a_baseline_too() -> None:
     record = copy.deepcopy(dpo_record())
     metric("shorter", estimate(0.35, 0.3, 0.4))(record)
     assert "preferring the longer answer alone scores 65.0 %" in advise(record)[0].text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name"),
+    [
+        ({"policy/tokens": 60.0, "reference/tokens": 30.0}, "answers that grew longer"),
+        ({"policy/finished": 0.3, "reference/finished": 0.9}, "answers that are cut off"),
+        ({"k1": estimate(30.0, 25.0, 35.0)}, "far from the reference"),
+    ],
+)
+def test_evaluations_that_hold_both_sides_are_read(metrics: dict[str, Any], name: str) -> None:
+    record = dpo_record()
+    record.add_evaluation("answers", metrics, rows=200)
+    assert names(record) == [name]
 
 
 def test_critic_warmup_does_not_count_as_standstill() -> None:

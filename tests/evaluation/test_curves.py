@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -94,10 +95,23 @@ def test_thinning_keeps_the_ends_the_spikes_and_the_gaps() -> None:
     points[1234], points[3000], points[4321] = Point(1234, 90.0), Point(3000, -5.0), Point(4321, None)
     series = Series("loss", tuple(points))
     small = thinned(series, 180)
-    assert 100 < len(small.points) <= 180
+    assert 80 < len(small.points) <= 180
     assert {points[0], points[1234], points[3000], points[4321], points[-1]} <= set(small.points)
     assert list(small.points) == sorted(small.points, key=lambda point: point.x)
     assert set(small.points) <= set(points)  # nothing is averaged
+
+
+def test_thinning_connects_nothing_across_a_gap() -> None:
+    points = tuple(Point(step, 1.0 if step % 5 == 0 else None) for step in range(700))
+    small = thinned(Series("reward", points), 180)
+    assert len(small.points) <= 180
+    values = [y for _, y in small.points]
+    assert not any(first is not None and second is not None for first, second in itertools.pairwise(values))
+
+
+def test_without_gaps_the_points_are_used_up() -> None:
+    series = Series("loss", tuple(Point(step, math.sin(step)) for step in range(5000)))
+    assert 170 < len(thinned(series, 180).points) <= 180
 
 
 def test_a_short_curve_is_not_thinned() -> None:

@@ -137,6 +137,22 @@ def test_the_table_shows_every_metric_before_and_after() -> None:
     assert "prefer the shorter" in text
 
 
+def test_metrics_of_both_sides_share_a_row() -> None:
+    metrics = {
+        "policy/tokens": estimate(28.0, 26.0, 30.0),
+        "reference/tokens": estimate(35.0, 33.0, 37.0),
+        "perplexity": 11.5,
+        "reference_perplexity": 12.5,
+        "subset/donotanswer": estimate(0.6, 0.5, 0.7),
+    }
+    text = Page(render_report(dpo_record(evaluations=[{"name": "answers", "rows": 9, "metrics": metrics}])))
+    shown = text.text("evaluations")
+    assert "tokens per answer 35.00[33.00, 37.00] 28.00[26.00, 30.00] −7.000" in shown
+    assert "perplexity 12.50 11.50 −1.000" in shown
+    assert "subset donotanswer 60.0 %" in shown
+    assert "reference" not in shown
+
+
 def test_a_safety_evaluation_has_its_own_section() -> None:
     record = dpo_record()
     assert "safety" not in Page(render_report(record)).sections

@@ -73,6 +73,13 @@ def test_a_gap_is_a_gap_and_is_told() -> None:
     assert ["2", "no number"] in drawn.table
 
 
+def test_a_value_between_gaps_is_a_dot_where_there_are_too_many_for_dots() -> None:
+    values: list[float | None] = [float(step) for step in range(100)]
+    assert chart(panel(values)).lines[0].dots == []
+    values[40] = values[42] = None
+    assert len(chart(panel(values)).lines[0].dots) == 1
+
+
 def test_higher_is_up_and_later_is_right() -> None:
     (x0, y0), (x1, y1) = chart(panel([1.0, 3.0])).lines[0].dots
     assert x1 > x0

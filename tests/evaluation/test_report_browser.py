@@ -171,10 +171,11 @@ def test_pointing_at_a_curve_shows_its_values(browser: Any, tmp_path: Path) -> N
     with Opened(browser, write_report(dpo_record(), tmp_path), viewport={"width": 1440, "height": 900}) as opened:
         chart = opened.page.locator("#curve-loss svg[role=img]")
         assert chart.locator(".tip:visible").count() == 0
-        chart.hover()
+        box = chart.bounding_box()
+        chart.hover(position={"x": box["width"] - 15, "y": box["height"] / 2})
         shown = chart.locator(".tip text:visible")
         assert shown.count() == 1
-        assert shown.text_content().startswith("step 1")
+        assert shown.text_content() == "step 200.5900.660"  # training and held-out rows
 
 
 def test_the_keyboard_reaches_the_results_and_the_folds(browser: Any, tmp_path: Path) -> None:
