@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.hub.conftest import BASE_ID, logits_of, published_config, snapshot
+from tests.hub.conftest import BASE_ID, logits_of, snapshot
 from tests.hub_server import HubServer
 from tests.hub_server.client import Client
 
