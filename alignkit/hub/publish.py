@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from alignkit.hub.secrets import Scanner, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
 from alignkit.hub.upload import Target, upload
-from alignkit.hub.verify import verify
+from alignkit.hub.verify import Verify, verify
 
 logger = logging.getLogger(__name__)
 
@@ -85,71 +85,114 @@ def publish(
         ConfigError, ModelError: the arguments or the files are not fit to be published; nothing was uploaded.
         PublishError: the Hub refused or could not be reached, the disk is full, or what arrived is not what was sent.
     """
-    _check_repo_id(repo_id)
-    target = Target(repo_id, private, branch, create_pr, commit_message or f"Upload with alignkit {__version__}")
-    patience = Patience(max_retries, timeout_s)
+    target = make_target(repo_id, private=private, branch=branch, create_pr=create_pr, commit_message=commit_message)
+    configured = trainer_or_dir.args.hub_token if isinstance(trainer_or_dir, Trainer) else None
     with tempfile.TemporaryDirectory(prefix="alignkit-publish-") as scratch:
-        try:
-            staged = _stage(trainer_or_dir, Path(scratch), repo_id, base_model)
-        except OSError as error:
-            raise PublishError(
-                f"the export failed before anything was sent: {diagnose(error, repo_id).text}"
-            ) from error
-        _scan(trainer_or_dir, staged, token)
-        url = f"{constants.ENDPOINT}/{repo_id}"
+        sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
+        staged = pack(sources, Path(scratch) / "staged", repo_id, token=token or configured, base_model=base_model)
         if dry_run:
             _show(staged, repo_id)
-            return Published(url, None, None, private is not False, staged.files, "nothing: this was a dry run")
-        api = HfApi(token=_token(trainer_or_dir, token), library_name="alignkit", library_version=__version__)
-        uploaded = upload(api, staged, target, patience)
-        checked = verify(api, staged, uploaded, repo_id, patience)
+            nothing = "nothing: this was a dry run"
+            return Published(_url(repo_id), None, None, private is not False, staged.files, nothing)
+        return send(staged, target, token=token or configured, patience=Patience(max_retries, timeout_s), verify=verify)
+
+
+def make_target(
+    repo_id: str,
+    *,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+) -> Target:
+    """Check where to publish.
+
+    Raises:
+        ConfigError: a name that the Hub would not take, or a branch together with a pull request.
+    """
+    check_repo_id(repo_id)
+    return Target(repo_id, private, branch, create_pr, commit_message or f"Upload with alignkit {__version__}")
+
+
+def pack(
+    sources: Sequence[Path], folder: Path, repo_id: str, *, token: str | None, base_model: str | None = None
+) -> Staged:
+    """Copy what may go up from `sources` into `folder`, which must not exist, and search it for secrets.
+
+    Raises:
+        SecretFound, ConfigError, ModelError, DataError: it is not fit to be published.
+        PublishError: the disk is full, or something cannot be read.
+    """
+    try:
+        folder.mkdir()
+        staged = stage(sources, folder, repo_id=repo_id, base_model=base_model)
+    except OSError as error:
+        raise PublishError(f"the export failed before anything was sent: {diagnose(error, repo_id).text}") from error
+    paths = [folder.parent, *sources]
+    if staged.base is not None and Path(staged.base.here).is_dir():
+        paths.append(Path(staged.base.here))
+    scanner = Scanner.of_this_machine(token=token, paths=paths)
+    refuse_secrets(scanner.scan({name: staged.folder / name for name in staged.files}))
+    return staged
+
+
+def send(staged: Staged, target: Target, *, token: str | None, patience: Patience, verify: Verify) -> Published:
+    """Upload what was packed, and check what arrived.
+
+    Raises:
+        ConfigError: the repository has another visibility than asked for.
+        PublishError: there is no token, the Hub refused or could not be reached, or what arrived is not what was sent.
+    """
+    api = HfApi(token=require_token(token), library_name="alignkit", library_version=__version__)
+    uploaded = upload(api, staged, target, patience)
+    checked = verify(api, staged, uploaded, target.repo_id, patience)
+    url = _url(target.repo_id)
     logger.info("Published %s at commit %s: %s.", url, uploaded.commit, checked.text)
     return Published(url, uploaded.commit, uploaded.pull_request, uploaded.private, uploaded.sent, checked.text)
 
 
-def _check_repo_id(repo_id: str) -> None:
+def require_token(token: str | None) -> str:
+    """Return `token`, or the one of this machine.
+
+    Raises:
+        PublishError: there is none.
+    """
+    found = token or get_token()
+    if not found:
+        raise PublishError(
+            "there is no token for the Hub. Create one with write access in its settings and run `hf auth login`, set "
+            "HF_TOKEN, or pass it."
+        )
+    return found
+
+
+def _url(repo_id: str) -> str:
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _sources(source: Trainer | str | Path, saved: Path, repo_id: str) -> list[Path]:
+    """Return the folders to take files from; a trainer's model is saved into `saved` first, as it is now."""
+    if not isinstance(source, Trainer):
+        return [Path(source).expanduser()]
+    try:
+        source.save_model(str(saved), _internal_call=True)
+    except OSError as error:
+        raise PublishError(f"saving the model failed: {diagnose(error, repo_id).text}") from error
+    return [saved, Path(str(source.args.output_dir))]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Check the name of a repository, its owner's included.
+
+    Raises:
+        ConfigError: the Hub would not take it.
+    """
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise ConfigError(f"repo_id={repo_id!r} is no name for a repository: {error}") from error
     if repo_id.count("/") != 1:
         raise ConfigError(f"repo_id={repo_id!r} must be 'owner/name', with your user name or an organisation's")
-
-
-def _stage(source: Trainer | str | Path, scratch: Path, repo_id: str, base_model: str | None) -> Staged:
-    folder = scratch / "staged"
-    folder.mkdir()
-    if not isinstance(source, Trainer):
-        return stage([Path(source).expanduser()], folder, repo_id=repo_id, base_model=base_model)
-    saved = scratch / "saved"
-    source.save_model(str(saved), _internal_call=True)
-    staged = stage([saved, Path(str(source.args.output_dir))], folder, repo_id=repo_id, base_model=base_model)
-    shutil.rmtree(saved)
-    return staged
-
-
-def _token(source: Trainer | str | Path, token: str | None) -> str:
-    configured = source.args.hub_token if isinstance(source, Trainer) else None
-    found = token or configured or get_token()
-    if not found:
-        raise PublishError(
-            "there is no token for the Hub. Create one with write access in its settings and run `hf auth login`, set "
-            "HF_TOKEN, or pass token=."
-        )
-    return found
-
-
-def _scan(source: Trainer | str | Path, staged: Staged, token: str | None) -> None:
-    secrets, paths = {}, [staged.folder.parent]
-    if isinstance(source, Trainer):
-        secrets = {"hub_token": source.args.hub_token} if source.args.hub_token else {}
-        paths.append(Path(str(source.args.output_dir)))
-    else:
-        paths.append(Path(source).expanduser())
-    if staged.base is not None and Path(staged.base.here).is_dir():
-        paths.append(Path(staged.base.here))
-    scanner = Scanner.of_this_machine(token=token, secrets=secrets, paths=paths)
-    refuse_secrets(scanner.scan({name: staged.folder / name for name in staged.files}))
 
 
 def _show(staged: Staged, repo_id: str) -> None:

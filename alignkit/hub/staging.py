@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from alignkit.errors import ConfigError, ModelError
 from alignkit.hub.bases import BaseName, name_base
-from alignkit.hub.cards import is_generated, write_card
+from alignkit.hub.card import write_card
+from alignkit.hub.plain_card import is_written, write_plain_card
 from alignkit.hub.record import RECORD_FILE, RunRecord
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,10 +114,13 @@ def stage(sources: Sequence[Path], folder: Path, *, repo_id: str, base_model: st
     elif base_model is not None:
         raise ConfigError(f"base_model={base_model!r} names the base of an adapter, and '{weights}' is a whole model")
     _forget_origins(folder)
-    keeps_card = (folder / CARD).is_file() and not is_generated(folder / CARD)
+    keeps_card = (folder / CARD).is_file() and is_written(folder / CARD)
     if not keeps_card:
+        (folder / CARD).unlink(missing_ok=True)
+    if record is not None:
         write_card(folder, record, repo_id=repo_id)
-    _check_card(folder / CARD)
+    elif not keeps_card:
+        write_plain_card(folder / CARD, repo_id=repo_id, base=base)
     files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
     _check_weights(folder, is_adapter=is_adapter)
     return Staged(folder, files, is_adapter, base, keeps_card)
@@ -162,7 +165,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _prefer_written_card(sources: Sequence[Path], folder: Path) -> None:
     """Take the first card that a person wrote, not the first that a library left."""
-    written = [source / CARD for source in sources if (source / CARD).is_file() and not is_generated(source / CARD)]
+    cards = [source / CARD for source in sources if (source / CARD).is_file()]
+    written = [card for card in cards if is_written(card)]
     if written:
         shutil.copyfile(written[0], folder / CARD)
 
@@ -210,16 +214,6 @@ def _forget_origins(folder: Path) -> None:
 
 def _is_path(text: str) -> bool:
     return text.startswith(("/", "~", ".", "\\")) or text[1:3] in (":\\", ":/") or Path(text).exists()
-
-
-def _check_card(path: Path) -> None:
-    try:
-        ModelCard.load(path)
-    except ValueError as error:
-        raise ConfigError(
-            f"the metadata at the top of {CARD} cannot be read, and the Hub would refuse it: {error}. Correct it, or "
-            "delete the file to have a card written."
-        ) from error
 
 
 def _check_weights(folder: Path, *, is_adapter: bool) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoFile
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from alignkit.errors import ConfigError
-from alignkit.hub.cards import is_generated
+from alignkit.hub.plain_card import is_written
 from alignkit.hub.staging import CARD, Staged
 from alignkit.hub.trouble import Patience
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAIN = "main"
+_PULL_REQUEST = "refs/pr/"
 _DANGEROUS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -132,6 +133,8 @@ class _Sender:
         branch = self.target.branch
         if branch is None or branch == _MAIN:
             return _MAIN
+        if branch.startswith(_PULL_REQUEST):
+            return branch  # one that is open
         self.ask(lambda: self._branch(branch), f"create the branch '{branch}'")
         return branch
 
@@ -149,7 +152,7 @@ class _Sender:
                     path = self.api.hf_hub_download(self.target.repo_id, CARD, revision=revision, local_dir=folder)
                 except EntryNotFoundError:
                     return False
-                return not is_generated(path)
+                return is_written(path)
 
             return self.ask(fetch, "read the card")
 
@@ -185,7 +188,7 @@ class _Sender:
             self.target.repo_id, discussion_type="pull_request", discussion_status="open"
         )
         for each in discussions:
-            revision = f"refs/pr/{each.num}"
+            revision = f"{_PULL_REQUEST}{each.num}"
             if each.title != self.target.message or not each.is_pull_request:
                 continue
             paths = self.api.get_paths_info(self.target.repo_id, list(names), revision=revision)

@@ -23,6 +23,7 @@ from alignkit.models.adapters import peft_warnings
 from alignkit.models.reward_files import without_load_report
 from alignkit.models.source import explain
 
+_BY_HASH = "all {} files were fetched back at the commit and have the same SHA-256"
 _TOKENS = 12
 _HEAD_WEIGHT = "score.weight"
 # Weights are read twice at most while a model is being loaded.
@@ -37,6 +38,9 @@ class Verified(NamedTuple):
     text: str
 
 
+Verify = Callable[[HfApi, Staged, Uploaded, str, Patience], Verified]
+
+
 def verify(api: HfApi, staged: Staged, uploaded: Uploaded, repo_id: str, patience: Patience) -> Verified:
     """Fetch the commit into a folder of its own and compare it with what was staged: bytes, then logits.
 
@@ -46,25 +50,41 @@ def verify(api: HfApi, staged: Staged, uploaded: Uploaded, repo_id: str, patienc
         PublishError: the Hub holds something else than what was sent, or the files could not be fetched.
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-verify-") as cache:
-
-        def fetch() -> str:
-            return api.snapshot_download(
-                repo_id, revision=uploaded.commit, cache_dir=cache, allow_patterns=list(uploaded.sent)
-            )
-
-        doing = f"fetch back commit {uploaded.commit[:10]}, which was made but not checked,"
-        fetched = Path(patience.ask(fetch, doing, repo_id))
-        different = [name for name in uploaded.sent if _differs(fetched / name, staged.folder / name)]
-        if different:
-            raise PublishError(
-                f"commit {uploaded.commit} of '{repo_id}' does not hold what was sent: {', '.join(different)}. {AGAIN}"
-            )
-        by_hash = f"all {len(uploaded.sent)} files were fetched back at the commit and have the same SHA-256"
+        fetched = _fetch(api, staged, uploaded, repo_id, patience, cache)
         why_not = _compare_logits(staged, fetched)
+    count = len(uploaded.sent)
     if why_not is not None:
-        return Verified(len(uploaded.sent), False, f"{by_hash}; logits were not compared: {why_not}")
+        return Verified(count, False, f"{_BY_HASH.format(count)}; logits were not compared: {why_not}")
     loaded = f"the adapter on {staged.base.name}" if staged.base is not None else "the model"
-    return Verified(len(uploaded.sent), True, f"{by_hash}; {loaded}, loaded from them, gives the same logits")
+    return Verified(count, True, f"{_BY_HASH.format(count)}; {loaded}, loaded from them, gives the same logits")
+
+
+def verify_bytes(api: HfApi, staged: Staged, uploaded: Uploaded, repo_id: str, patience: Patience) -> Verified:
+    """Fetch the commit and compare its bytes alone, as during a run, whose memory is not to be shared.
+
+    Raises:
+        PublishError: as `verify`.
+    """
+    with tempfile.TemporaryDirectory(prefix="alignkit-verify-") as cache:
+        _fetch(api, staged, uploaded, repo_id, patience, cache)
+    count = len(uploaded.sent)
+    return Verified(count, False, f"{_BY_HASH.format(count)}; logits are not compared during training")
+
+
+def _fetch(api: HfApi, staged: Staged, uploaded: Uploaded, repo_id: str, patience: Patience, cache: str) -> Path:
+    def fetch() -> str:
+        return api.snapshot_download(
+            repo_id, revision=uploaded.commit, cache_dir=cache, allow_patterns=list(uploaded.sent)
+        )
+
+    doing = f"fetch back commit {uploaded.commit[:10]}, which was made but not checked,"
+    fetched = Path(patience.ask(fetch, doing, repo_id))
+    different = [name for name in uploaded.sent if _differs(fetched / name, staged.folder / name)]
+    if different:
+        raise PublishError(
+            f"commit {uploaded.commit} of '{repo_id}' does not hold what was sent: {', '.join(different)}. {AGAIN}"
+        )
+    return fetched
 
 
 def _differs(fetched: Path, sent: Path) -> bool:
