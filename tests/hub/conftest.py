@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,11 +39,12 @@ def server(base: Path) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def hub(server: HubServer) -> HubServer:
+def hub(server: HubServer) -> Iterator[HubServer]:
     """The server with an empty record of requests."""
     server.requests.clear()
     assert not server.faults
-    return server
+    yield server
+    assert server.crashes == []
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,3 @@ def logits_of(base: Path, adapter: Path) -> torch.Tensor:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every byte below a folder, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def published_config(files: dict[str, bytes]) -> dict:
-    return json.loads(files["adapter_config.json"])

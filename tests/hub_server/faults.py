@@ -13,7 +13,8 @@ class Fault:
     """What happens to requests that match.
 
     `action` is an HTTP status; `"hang"`: no answer until the client gives up; `"reset"`: the connection is reset before
-    anything is done; `"lose"`: the request is carried out, and then the connection is reset instead of answered.
+    anything is done; `"lose"`: the request is carried out, and then the connection is reset instead of answered;
+    `"spoil"`: the answer's bytes are reversed.
     The first `skip` matching requests pass, the next `times` fail.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 from .store import Blob
 from .wire import KIND, REPO, REVISION, HubError, Request, Response, Routes, answer
@@ -24,7 +25,7 @@ def register(routes: Routes, hub: HubServer) -> None:
     @routes.on("POST", rf"/api/{KIND}/{REPO}/paths-info/{REVISION}")
     def paths_info(request: Request, repo_id: str, revision: str) -> Response:
         found = store.readable(repo_id, request.token).resolve(revision).files
-        wanted = request.json()["paths"]
+        wanted = parse_qs(request.body.decode())["paths"]
         return answer([entry(path, found[path]) for path in wanted if path in found])
 
     @routes.on("GET HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)")

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,7 +26,7 @@ class HubServer:
     Attributes:
         url: what goes into `HF_ENDPOINT`.
         cdn: the same server under another origin, where objects are stored, as on the Hub.
-        store, cas: the state; `requests`: everything that came in.
+        store, cas: the state; `requests`: everything that came in; `crashes`: errors of this server itself.
         multipart_bytes: LFS objects above this size are uploaded in parts of this size.
     """
 
@@ -34,6 +35,7 @@ class HubServer:
         self.cas = xet.CAS()
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.crashes: list[str] = []
         self.multipart_bytes: int | None = None
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -112,6 +114,9 @@ class HubServer:
             return "reset"
         response = self._answer(request)
         request.status = response.status
+        if fault is not None and fault.action == "spoil":
+            response.body = response.body[::-1]
+            return response
         if fault is not None:
             request.status = "lost"
             return "reset"
@@ -127,6 +132,9 @@ class HubServer:
                 return handler(request, **arguments)
         except HubError as error:
             return error.response
+        except Exception:  # noqa: BLE001 (a fault of this server, which the tests must see)
+            self.crashes.append(f"{request.method} {request.path}\n{traceback.format_exc()}")
+            return answer({"error": "the test server crashed"}, 500)
 
 
 class _HTTPServer(ThreadingHTTPServer):
