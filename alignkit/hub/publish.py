@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from transformers import Trainer
 
 from alignkit import __version__
-from alignkit.errors import ConfigError, PublishError
+from alignkit.errors import AlignkitError, ConfigError, PublishError
 from alignkit.hub.secrets import Scanner, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
@@ -89,12 +90,19 @@ def publish(
     configured = trainer_or_dir.args.hub_token if isinstance(trainer_or_dir, Trainer) else None
     with tempfile.TemporaryDirectory(prefix="alignkit-publish-") as scratch:
         sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
-        staged = pack(sources, Path(scratch) / "staged", repo_id, token=token or configured, base_model=base_model)
-        if dry_run:
-            _show(staged, repo_id)
-            nothing = "nothing: this was a dry run"
-            return Published(_url(repo_id), None, None, private is not False, staged.files, nothing)
-        return send(staged, target, token=token or configured, patience=Patience(max_retries, timeout_s), verify=verify)
+
+        def go() -> Published:
+            staged = pack(sources, Path(scratch) / "staged", repo_id, token=token or configured, base_model=base_model)
+            if dry_run:
+                _show(staged, repo_id)
+                nothing = "nothing: this was a dry run"
+                return Published(_url(repo_id), None, None, private is not False, staged.files, nothing)
+            patience = Patience(max_retries, timeout_s)
+            return send(staged, target, token=token or configured, patience=patience, verify=verify)
+
+        if isinstance(trainer_or_dir, Trainer) and trainer_or_dir.args.world_size > 1:
+            return _on_the_first_process(trainer_or_dir, go)
+        return go()
 
 
 def make_target(
@@ -193,6 +201,24 @@ def check_repo_id(repo_id: str) -> None:
         raise ConfigError(f"repo_id={repo_id!r} is no name for a repository: {error}") from error
     if repo_id.count("/") != 1:
         raise ConfigError(f"repo_id={repo_id!r} must be 'owner/name', with your user name or an organisation's")
+
+
+def _on_the_first_process(trainer: Trainer, go: Callable[[], Published]) -> Published:
+    """Run `go` on one process of several, and tell the others what came of it, so that none waits for ever."""
+    outcome: list[Published | str | None] = [None]
+    trouble: AlignkitError | None = None
+    if trainer.is_world_process_zero():
+        try:
+            outcome = [go()]
+        except AlignkitError as error:
+            outcome, trouble = [str(error)], error
+    broadcast_object_list(outcome)
+    if trouble is not None:
+        raise trouble
+    (found,) = outcome
+    if not isinstance(found, Published):
+        raise PublishError(f"the first process could not publish: {found}")
+    return found
 
 
 def _show(staged: Staged, repo_id: str) -> None:

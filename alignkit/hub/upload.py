@@ -158,25 +158,27 @@ class _Sender:
 
     def commit(self, staged: Staged, names: Sequence[str], revision: str) -> CommitInfo:
         """Commit the files; where an attempt got through and its answer was lost, the next one finds nothing to do."""
-        operations = _operations(staged, names)
-        return self.ask(
-            lambda: self.api.create_commit(
+
+        def commit() -> CommitInfo:
+            # New operations each time: the client keeps in them what the repository held before the first attempt.
+            operations = _operations(staged, names)
+            return self.api.create_commit(
                 self.target.repo_id, operations, commit_message=self.target.message, revision=revision
-            ),
-            "upload the files",
-        )
+            )
+
+        return self.ask(commit, "upload the files")
 
     def commit_to_pull_request(self, staged: Staged, names: Sequence[str]) -> CommitInfo:
         """Open a pull request with the files, or return the open one of the same title and content.
 
         Opening one is not repeated blindly: an attempt whose answer was lost may have opened it.
         """
-        operations = _operations(staged, names)
 
         def open_one() -> CommitInfo:
             same = self._same_pull_request(staged, names)
             if same is not None:
                 return same
+            operations = _operations(staged, names)
             return self.api.create_commit(
                 self.target.repo_id, operations, commit_message=self.target.message, create_pr=True
             )

@@ -172,8 +172,8 @@ def test_what_arrived_is_checked(client: Client, hub: HubServer, adapter: Path) 
 
 
 def test_a_full_disk(client: Client, hub: HubServer, adapter: Path) -> None:
-    """The process may write no file beyond 20 kB (RLIMIT_FSIZE), so the copy of the weights fails half-way."""
-    client.do("limit_files", size=20_000)
+    """The process may write no file beyond 8 kB (RLIMIT_FSIZE), so the copy of the weights fails half-way."""
+    client.do("limit_files", size=8_000)
     try:
         reply = attempt(client, adapter, "full-disk")
     finally:
