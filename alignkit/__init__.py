@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from alignkit.data.prepare import prepare_preferences
     from alignkit.data.show import show_example
     from alignkit.data.sources import load_preferences
-    from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError, ModelError, TrainingError
+    from alignkit.errors import (
+        AlignkitError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ModelError,
+        PublishError,
+        TrainingError,
+    )
     from alignkit.functional.preference import LOSSES
+    from alignkit.hub.publish import publish
     from alignkit.models.bundle import ModelBundle
     from alignkit.models.load import int8, nf4
     from alignkit.models.reward_files import load_reward_model
@@ -44,6 +53,7 @@ __all__ = [
     "PPOConfig",
     "PPODoctor",
     "PPOTrainer",
+    "PublishError",
     "RewardCallback",
     "RewardConfig",
     "RewardTrainer",
@@ -57,6 +67,7 @@ __all__ = [
     "load_reward_model",
     "nf4",
     "prepare_preferences",
+    "publish",
     "show_example",
 ]
 
@@ -71,8 +82,10 @@ _MODULE_OF = {
     "ConfigError": "alignkit.errors",
     "DataError": "alignkit.errors",
     "ModelError": "alignkit.errors",
+    "PublishError": "alignkit.errors",
     "TrainingError": "alignkit.errors",
     "LOSSES": "alignkit.functional.preference",
+    "publish": "alignkit.hub.publish",
     "ModelBundle": "alignkit.models.bundle",
     "int8": "alignkit.models.load",
     "nf4": "alignkit.models.load",

@@ -33,6 +33,10 @@ class CheckpointError(AlignkitError, RuntimeError):
     """A checkpoint or cache on disk that is incomplete or does not belong to this run."""
 
 
+class PublishError(AlignkitError, RuntimeError):
+    """The Hub refused, could not be reached, or does not hold what was sent; what lies on disk is as it was."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the candidate closest to `name`, or an empty string if none is close."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)

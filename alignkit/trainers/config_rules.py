@@ -198,6 +198,13 @@ def check_precision(args: EngineConfig) -> None:
         refuse(args, "fp16", "cannot be combined with bf16=True; set one of them to False")
 
 
+def check_hub_strategy(args: EngineConfig) -> None:
+    """Publishing whole checkpoints, which hold optimizer states and pickled arguments."""
+    if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+        why = "whole checkpoints hold optimizer states and pickled arguments and never go up; use 'every_save' or 'end'"
+        refuse(args, "hub_strategy", why)
+
+
 def check_model_init_kwargs(args: EngineConfig) -> None:
     """JSON that is valid but not a mapping."""
     if args.model_init_kwargs is not None and not isinstance(args.model_init_kwargs, dict):
@@ -210,5 +217,6 @@ ENGINE_CHECKS: tuple[Check, ...] = (
     check_padding_multiple,
     check_token_budget,
     check_precision,
+    check_hub_strategy,
     check_model_init_kwargs,
 )

@@ -48,6 +48,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.reference_cache import with_reference_logps
 from alignkit.trainers.setup import (
@@ -65,7 +66,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(PublishesToHub, Trainer):
     """Direct preference optimization (arXiv 2305.18290) and its relatives, with TRL 1.16's constructor.
 
     Args:

@@ -53,6 +53,7 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.setup import (
     AnyDataset,
@@ -64,7 +65,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(PublishesToHub, Trainer):
     """Proximal policy optimisation (arXiv 1707.06347; for language models 2203.02155) on one base.
 
     Policy and critic are trained in Trainer's own loop; the reference is the base without the policy's adapter, or the

@@ -37,6 +37,7 @@ from alignkit.trainers.passes import (
     share_of_step,
 )
 from alignkit.trainers.progress import use_progress_display
+from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record, save_description
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
@@ -53,7 +54,7 @@ from alignkit.trainers.setup import (
 COLUMNS = (*ID_COLUMNS, "margin", "weight")
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(PublishesToHub, Trainer):
     """A reward model from preferences (Bradley-Terry; arXiv 2203.02155, Eq. 1), with TRL 1.16's constructor.
 
     The model stays a causal language model with a head `score` beside its output layer, which never runs: a pair's

@@ -231,6 +231,10 @@ CASES = {
         {"hub_strategy": "end"},
         r"hub_strategy='end': has no effect; set push_to_hub=True",
     ),
+    "whole checkpoints to the Hub": (
+        {"push_to_hub": True, "hub_strategy": "all_checkpoints"},
+        r"hub_strategy='all_checkpoints': whole checkpoints hold .* use 'every_save' or 'end'",
+    ),
     "always pushing nothing": ({"hub_always_push": True}, r"hub_always_push=True: has no effect; set push_to_hub=True"),
     "persistent workers without workers": (
         {"dataloader_persistent_workers": True},
