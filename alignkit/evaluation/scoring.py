@@ -195,8 +195,8 @@ def _classifier_logits(model: Any, base: Any, rows: Sequence[Ids]) -> Tensor:
     """Logits `(n, heads)` of rows padded on the right with a token that ends none of them."""
     own: Any = base.config.get_text_config().pad_token_id
     last = {row[-1] for row in rows}
-    is_usable = own is not None and own >= 0 and own not in last
-    pad: int = own if is_usable else next(token for token in range(len(last) + 1) if token not in last)
+    candidates = ([] if own is None or own < 0 else [own]) + list(range(len(last) + 1))
+    pad = next(int(token) for token in candidates if token not in last)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (n, T)
     input_ids = torch.full(mask.shape, pad)
