@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit.errors import DataError, TrainingError
-from alignkit.evaluation.divergence import sample_policy
+from alignkit.evaluation.divergence import Samples, sample_policy
 from alignkit.evaluation.estimates import Estimate, cluster_mean_interval
 from alignkit.evaluation.judges import make_reward_source, source_rewards
-from alignkit.evaluation.models import load_policy
+from alignkit.evaluation.models import PolicyModel, load_policy
+from alignkit.rollout.reward import RewardSource
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -96,31 +97,24 @@ def reward_kl_frontier(
     named = checkpoints if isinstance(checkpoints, Mapping) else {str(each): each for each in checkpoints}
     if not named:
         raise DataError("there are no checkpoints to compare")
-    source, points = make_reward_source(reward), []
+    source = make_reward_source(reward)
+    asked = {"each": each, "max_new_tokens": max_new_tokens, "seed": seed, "count": count, "split": split}
+    points = []
     for name, checkpoint in named.items():
         policy = load_policy(checkpoint, **loading)
-        samples = sample_policy(
-            policy,
-            prompts,
-            each=each,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            count=count,
-            split=split,
-            quiet=quiet,
-        )
-        tokenizer: Any = policy.tokenizer
-        texts = [tokenizer.decode(one.ids, skip_special_tokens=True) for one in samples.completions]
-        asked = [samples.prompts.texts[number] for number in samples.clusters]
-        rewards = source_rewards(source, asked, texts)
-        kept = [number for number, value in enumerate(rewards) if value is not None]
-        if not kept:
-            raise TrainingError(f"none of the completions of '{name}' has a reward")
-        mean = cluster_mean_interval(
-            [rewards[number] or 0.0 for number in kept], [samples.clusters[number] for number in kept]
-        )
-        points.append(FrontierPoint(name, _step(name), samples.kl().k1, mean, len(kept)))
+        points.append(_point(name, policy, sample_policy(policy, prompts, quiet=quiet, **asked), source))
     return points
+
+
+def _point(name: str, policy: PolicyModel, samples: Samples, source: RewardSource) -> FrontierPoint:
+    tokenizer: Any = policy.tokenizer
+    texts = [tokenizer.decode(one.ids, skip_special_tokens=True) for one in samples.completions]
+    rewards = source_rewards(source, [samples.prompts.texts[number] for number in samples.clusters], texts)
+    kept = [(reward, prompt) for reward, prompt in zip(rewards, samples.clusters, strict=True) if reward is not None]
+    if not kept:
+        raise TrainingError(f"none of the completions of '{name}' has a reward")
+    mean = cluster_mean_interval([reward for reward, _ in kept], [prompt for _, prompt in kept])
+    return FrontierPoint(name, _step(name), samples.kl().k1, mean, len(kept))
 
 
 def _step(name: str) -> int | None:
