@@ -22,6 +22,7 @@ from alignkit.evaluation.perplexity import perplexity
 from alignkit.evaluation.prompts import held_out_prompts
 from alignkit.evaluation.reward_bench import SubsetAccuracy, subset_accuracy
 from alignkit.evaluation.win_rate import WinRate, win_rate
+from alignkit.models.reward_files import RewardModel
 
 Evaluation = dict[str, Any]
 
@@ -127,21 +128,32 @@ def evaluate_run(
         if judging is not None and rows is not None and options.injected_pairs:
             found.append(_resistance(judging, rows, options))
         return found if texts is None else [*found, _perplexity(loaded, texts, options)]
-    unused = [name for name, given in (("prompts", prompts), ("texts", texts), ("judge", judge)) if given is not None]
-    if unused or rows is None:
-        raise ConfigError(
-            f"this is a reward model: give data (pairs){f', and leave {unused[0]} out' if unused else ''}"
-        )
-    scores = score_preferences(loaded, rows, quiet=options.quiet)
-    found = [_preference_entry(scores)]
-    by_subset = all(isinstance(row.get("subset"), str) for row in rows)
-    return [*found, _subset_entry(subset_accuracy(scores, rows), len(scores.row_ids))] if by_subset else found
+    _refuse_for_reward({"prompts": prompts, "texts": texts, "judge": judge})
+    return _of_reward_model(loaded, rows, options)
 
 
 def entry(name: str, rows: int, metrics: Mapping[str, Estimate | None], details: Mapping[str, Any]) -> Evaluation:
     """Return an entry for a run's record: plain JSON values; metrics that are None are left out."""
     found = {metric: value for metric, value in metrics.items() if value is not None}
     return as_json({"name": name, "rows": rows, "metrics": found, "details": details})
+
+
+def _refuse_for_reward(given: Mapping[str, Any]) -> None:
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise ConfigError(
+            f"this is a reward model, which does not answer: give data (pairs), and leave {unused[0]} out"
+        )
+
+
+def _of_reward_model(reward: RewardModel, rows: list[Any] | None, options: EvaluationOptions) -> list[Evaluation]:
+    assert rows is not None  # something was given, and nothing else may be
+    if options.beta is not None or options.loss_type is not None:
+        raise ConfigError("beta and loss_type belong to a policy's loss, and this is a reward model: leave them out")
+    scores = score_preferences(reward, rows, quiet=options.quiet)
+    found = [_preference_entry(scores)]
+    by_subset = all(isinstance(row.get("subset"), str) for row in rows)
+    return [*found, _subset_entry(subset_accuracy(scores, rows), len(scores.row_ids))] if by_subset else found
 
 
 def _rows(data: Any, options: EvaluationOptions) -> list[Any]:

