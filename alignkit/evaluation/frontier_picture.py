@@ -38,9 +38,7 @@ def frontier_curve(points: Sequence[FrontierPoint], path: str | Path) -> Path | 
         across, up, xerr=_reach(kls), yerr=_reach(rewards), marker="o", markersize=4, linewidth=0.8, capsize=2
     )
     for point, place in zip(points, zip(across, up, strict=True), strict=True):
-        axes.annotate(
-            point.name, place, textcoords="offset points", xytext=(4, 4), fontsize=7, parse_math=False
-        )
+        axes.annotate(point.name, place, textcoords="offset points", xytext=(4, 4), fontsize=7, parse_math=False)
     axes.set_xlabel("KL from the reference (nats per completion)")
     axes.set_ylabel("mean reward")
     figure.savefig(path, dpi=150, format="png")

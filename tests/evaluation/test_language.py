@@ -16,10 +16,10 @@ from alignkit.evaluation.divergence import kl_from_reference, sample_policy, sum
 from alignkit.evaluation.diversity import distinct_n, summarize_texts
 from alignkit.evaluation.estimates import Estimate
 from alignkit.evaluation.frontier import FrontierPoint, find_checkpoints, reward_kl_frontier
+from alignkit.evaluation.frontier_picture import frontier_curve
 from alignkit.evaluation.generation import side_by_side
 from alignkit.evaluation.models import PolicyModel, load_policy
 from alignkit.evaluation.perplexity import perplexity
-from alignkit.evaluation.pictures import frontier_curve
 from alignkit.evaluation.scoring import TokenLogps
 from alignkit.models.adapters import add_adapter
 from tests.model_factory import tiny_model

@@ -16,7 +16,7 @@ from alignkit.evaluation.run import EvaluationOptions, evaluate_run
 from alignkit.models.adapters import add_adapter
 from alignkit.models.load import load_model
 from alignkit.models.lora import FUSED_LORA
-from tests.pair_factory import fill_adapter
+from tests.pair_factory import fill_adapter, lora_config
 
 pytestmark = pytest.mark.slow
 
