@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from alignkit.errors import DataError
-from alignkit.functional.intervals import wilson_interval
+from alignkit.functional.intervals import wilson_interval, zero_rate_bound
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -68,6 +68,21 @@ def accuracy_interval(correct: float, total: int) -> Estimate:
     low, _ = wilson_interval(math.floor(correct), total, CONFIDENCE)
     _, high = wilson_interval(math.ceil(correct), total, CONFIDENCE)
     return Estimate(correct / total, low, high)
+
+
+def rate_interval(cases: int, trials: int) -> Estimate:
+    """Return the rate `cases / trials` of something unwanted with a 95 % interval.
+
+    It is Wilson's, but where no case came up, or nothing else did, the open end is the rule of three's: see
+    `alignkit.functional.intervals.zero_rate_bound`.
+
+    Raises:
+        ValueError: no trials, or more cases than trials.
+    """
+    found = accuracy_interval(cases, trials)
+    if cases == 0:
+        return Estimate(0.0, 0.0, zero_rate_bound(trials, CONFIDENCE))
+    return Estimate(1.0, 1 - zero_rate_bound(trials, CONFIDENCE), 1.0) if cases == trials else found
 
 
 def mean_interval(values: ArrayLike) -> Estimate:

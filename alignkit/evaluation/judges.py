@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from alignkit.evaluation.models import in_parts, progress
 from alignkit.models.reward_files import load_reward_model
 from alignkit.models.source import locate
 from alignkit.rollout.classifier import ClassifierReward
-from alignkit.rollout.reward import RewardInputs, RewardSource
+from alignkit.rollout.reward import ComponentScores, RewardInputs, RewardSource
 from alignkit.rollout.sources import make_reward_sources
 
 _ASKED_AT_ONCE = 64
@@ -112,8 +113,24 @@ def make_reward_source(reward: Any, tokenizer: Any = None) -> RewardSource:
     """
     if isinstance(reward, str | Path) and locate(reward, {}).adapter is not None:
         model, own = load_reward_model(reward)
-        return ClassifierReward(model, own if tokenizer is None else tokenizer, name=Path(reward).name)
+        return _EndedReward(ClassifierReward(model, own if tokenizer is None else tokenizer, name=Path(reward).name))
     return make_reward_sources(reward, tokenizer)[0]
+
+
+class _EndedReward:
+    """A reward model of `RewardTrainer`, which has seen plain text end in EOS; conversations end as templates say.
+
+    Generated text comes without it, since special tokens are left out of what is shown.
+    """
+
+    def __init__(self, classifier: ClassifierReward) -> None:
+        self.classifier = classifier
+        self.names = classifier.names
+
+    def __call__(self, inputs: RewardInputs) -> ComponentScores:
+        end = str(self.classifier.tokenizer.eos_token or "")
+        ended = [text + end if isinstance(text, str) else text for text in inputs.completions]
+        return self.classifier(replace(inputs, completions=ended))
 
 
 def make_judge(judge: Any) -> Judge:

@@ -14,7 +14,7 @@ from alignkit.evaluation.divergence import kl_from_reference
 from alignkit.evaluation.diversity import TextSummary, summarize_texts
 from alignkit.evaluation.estimates import Estimate, as_json, single_value
 from alignkit.evaluation.generation import SideBySide, side_by_side
-from alignkit.evaluation.injections import injection_resistance
+from alignkit.evaluation.injections import NothingRightError, injection_resistance
 from alignkit.evaluation.judges import Judge, make_judge
 from alignkit.evaluation.models import PolicyModel, load_evaluated
 from alignkit.evaluation.pairs import PreferenceScores, score_preferences
@@ -276,7 +276,10 @@ def _resistance(judge: Judge, rows: list[Any], options: EvaluationOptions) -> Ev
     pairs = _text_pairs(rows, options.injected_pairs)
     prompts = [prompt for prompt, _, _ in pairs]
     better, worse = [chosen for _, chosen, _ in pairs], [rejected for _, _, rejected in pairs]
-    found = injection_resistance(judge, prompts, better, worse, quiet=options.quiet)
+    try:
+        found = injection_resistance(judge, prompts, better, worse, quiet=options.quiet)
+    except NothingRightError as error:  # what else was measured must not be lost for it
+        return entry("injections", len(pairs), {}, {"judge": judge.name, "right": 0, "reason": str(error)})
     flips = {f"flip_rate/{result.name}": result.flip_rate for result in found.results}
     return entry("injections", found.pairs, {"flip_rate": found.flip_rate, **flips}, found.as_dict())
 

@@ -23,6 +23,7 @@ from alignkit.evaluation.estimates import (
     mean_interval,
     paired_difference_interval,
     plain_estimate,
+    rate_interval,
     ratio_interval,
     single_value,
     weighted_share_interval,
@@ -81,6 +82,12 @@ def test_a_ratio_is_over_all_tokens() -> None:
     assert found.value == pytest.approx(7 / 4)
     assert (found.low, found.high) == (1.0, 2.0)
     assert ratio_interval([6.0, 1.0], [3, 1], ["a", "a"])[1:] == (-math.inf, math.inf)
+
+
+def test_a_rate_of_none_or_all_is_bounded_by_the_rule_of_three() -> None:
+    assert rate_interval(0, 100) == (0.0, 0.0, pytest.approx(0.0295, abs=1e-4))
+    assert rate_interval(100, 100) == (1.0, pytest.approx(0.9705, abs=1e-4), 1.0)
+    assert rate_interval(3, 100) == accuracy_interval(3, 100)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(3, 11), (5, 5), (0, 7), (1, 0)])
@@ -177,6 +184,18 @@ def test_the_paired_bootstrap_covers() -> None:
         return paired_difference_interval(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 3)))
 
     assert 0.93 <= coverage(draw, 0.1, 1000) <= 0.97
+
+
+@pytest.mark.slow
+def test_the_ratio_bootstrap_covers() -> None:
+    """100 documents of 5 to 60 tokens whose nats vary by document and token; 1,500 replications."""
+
+    def draw(rng: np.random.Generator) -> Estimate:
+        tokens = rng.integers(5, 60, 100)
+        nats = tokens * rng.normal(3.0, 0.4, 100) + rng.normal(0.0, 1.0, 100) * np.sqrt(tokens)
+        return ratio_interval(nats, tokens, range(100))
+
+    assert 0.93 <= coverage(draw, 3.0, 1500) <= 0.97
 
 
 def test_the_weighted_share_covers() -> None:

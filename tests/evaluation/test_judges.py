@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError, DataError, ModelError, TrainingError
-from alignkit.evaluation.injections import CONTROL, INJECTIONS, injection_resistance
+from alignkit.evaluation.injections import CONTROL, INJECTIONS, NothingRightError, injection_resistance
 from alignkit.evaluation.judge_model import ModelJudge
 from alignkit.evaluation.judge_prompt import harmless, judge_question, read_verdict, unused_number
 from alignkit.evaluation.judges import CallableJudge, RewardJudge, ask, make_judge, make_reward_source
@@ -193,7 +193,7 @@ def test_a_gullible_judge_turns_and_a_firm_one_does_not() -> None:
     assert found.flip_rate.value == pytest.approx(1 / (len(INJECTIONS) - 1))
     stood = injection_resistance(firm, *PAIRS)
     assert stood.flip_rate.value == 0.0
-    assert 0 < stood.flip_rate.high < 0.1  # none of 60, which is not never
+    assert stood.flip_rate.high == pytest.approx(3 / 60, rel=0.05)  # none of 60 is not never
     assert {result.shift.value for result in stood.results} == {0.0}
 
 
@@ -215,7 +215,7 @@ def test_rewards_and_models_are_tried_too() -> None:
 
 
 def test_a_judge_that_is_never_right_cannot_be_misled() -> None:
-    with pytest.raises(DataError, match="named none of the 1 better answers"):
+    with pytest.raises(NothingRightError, match="named none of the 1 better answers"):
         injection_resistance(firm, ["p"], ["worse"], ["good"])
     with pytest.raises(DataError, match="no injection"):
         injection_resistance(firm, *PAIRS, injections={CONTROL: INJECTIONS[CONTROL]})

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ConfigError, DataError, ModelError, TrainingError
+from alignkit.evaluation.judges import make_reward_source, source_rewards
 from alignkit.evaluation.models import PolicyModel, load_evaluated, load_policy
 from alignkit.evaluation.pairs import evaluate_preferences, score_preferences
 from alignkit.evaluation.preference import summarize_rewards
@@ -99,6 +100,12 @@ def test_a_saved_reward_adapter_scores_what_its_trainer_predicts(tmp_path: Path)
     assert found.accuracy == expected.accuracy
     assert found.margin.value == pytest.approx(expected.margin.value, rel=1e-4)
     assert evaluate_preferences(str(tmp_path / "run"), ROWS, quiet=True).rows == 24
+    # As a judge, it reads the texts as it was trained to: with EOS at their end.
+    source = make_reward_source(str(tmp_path / "run"))
+    scores = score_preferences(str(tmp_path / "run"), ROWS)
+    rewards = source_rewards(source, [row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS])
+    assert rewards == pytest.approx(scores.chosen_rewards.tolist(), rel=0.02, abs=0.02)
+    assert scores.chosen_rewards.std() > 0.05
 
 
 def test_nothing_is_left_behind_in_the_model() -> None:

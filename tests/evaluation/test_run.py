@@ -72,6 +72,15 @@ def test_what_is_not_given_is_not_measured(policy: PolicyModel) -> None:
     assert [entry["name"] for entry in evaluate_run(alone, prompts=["why"], options=OPTIONS)] == ["answers"]
 
 
+def test_a_judge_that_is_never_right_costs_nothing_but_its_own_entry(policy: PolicyModel) -> None:
+    entries = evaluate_run(
+        policy, data=ROWS, judge=lambda prompts, first, second: [0.5] * len(prompts), options=OPTIONS
+    )
+    assert entries[-1]["name"] == "injections"
+    assert entries[-1]["metrics"] == {}
+    assert "named none of the 3 better answers" in entries[-1]["details"]["reason"]
+
+
 def test_a_reward_model(tmp_path: Path) -> None:
     rows = [{**row, "subset": "ab"[number % 2]} for number, row in enumerate(ROWS)]
     entries = evaluate_run(reward_model(), data=rows, options=OPTIONS)
