@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from alignkit.models.bundle import POLICY, REFERENCE
-from alignkit.rollout.engine import Sampling
+from alignkit.evaluation.models import PolicyModel, in_parts, progress
+from alignkit.evaluation.prompts import HeldOutPrompts, held_out_prompts, seeds_for, shown_text
+from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
+from alignkit.rollout.engine import Completion, Sampling
 from alignkit.rollout.hf import HFEngine
 
 if TYPE_CHECKING:
     from alignkit.trainers.dpo import DPOTrainer
 
 logger = logging.getLogger(__name__)
+
+_PROMPTS_AT_ONCE = 32  # between two steps of the progress bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,102 @@ class Answers:
     prompt: str
     reference: str | None
     policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Answers of a policy and of its reference to the same prompts, drawn with the same random numbers.
+
+    Attributes:
+        prompts: what was asked.
+        policy, reference: completions, those of the first prompt first; `reference` is empty where there is none.
+        policy_texts, reference_texts: the same as text, without special tokens.
+        each: completions of a prompt.
+    """
+
+    prompts: HeldOutPrompts
+    policy: list[Completion]
+    reference: list[Completion]
+    policy_texts: list[str]
+    reference_texts: list[str]
+    each: int = 1
+
+    def answers(self, count: int | None = None) -> list[Answers]:
+        """The first completion of each prompt, for tables and reports."""
+        firsts = range(0, len(self.policy), self.each)
+        base = self.reference_texts
+        return [
+            Answers(shown_text(self.prompts.texts[number // self.each]), base[number] if base else None, text)
+            for number, text in ((first, self.policy_texts[first]) for first in firsts[:count])
+        ]
+
+
+def side_by_side(
+    policy: PolicyModel,
+    prompts: Any,
+    *,
+    max_new_tokens: int = 96,
+    temperature: float = 0.0,
+    each: int = 1,
+    seed: int = 0,
+    count: int | None = None,
+    split: str = "test",
+    quiet: bool = False,
+) -> SideBySide:
+    """Let a policy and its reference answer the same prompts.
+
+    Args:
+        policy: from `load_policy`.
+        prompts: as `held_out_prompts` takes them.
+        max_new_tokens: length at which answers are cut.
+        temperature: 0 is greedy; else tokens are drawn from softmax(logits / temperature).
+        each: completions of a prompt.
+        seed: of what is drawn; the same seed draws the same answers, whatever the batches.
+        count: at most so many prompts.
+        split: of a dataset given by name.
+        quiet: show no progress.
+
+    Raises:
+        DataError: no prompt, or too many that cannot be used.
+        TrainingError: logits that are not finite.
+    """
+    asked = held_out_prompts(policy, prompts, max_new_tokens=max_new_tokens, split=split, count=count)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    seeds = seeds_for(len(asked), each, seed)
+    found: dict[str, list[Completion]] = {POLICY: [], REFERENCE: []}
+    for role in (POLICY, REFERENCE) if policy.bundle.can_reference else (POLICY,):
+        found[role] = generate_in_role(
+            policy.bundle, policy.tokenizer, asked.ids, seeds, sampling, role=role, quiet=quiet
+        )
+    texts = {role: [_text(policy.tokenizer, one.ids) for one in completions] for role, completions in found.items()}
+    return SideBySide(asked, found[POLICY], found[REFERENCE], texts[POLICY], texts[REFERENCE], each)
+
+
+def generate_in_role(
+    bundle: ModelBundle,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    role: str = POLICY,
+    quiet: bool = False,
+) -> list[Completion]:
+    """Complete prompts (token ids) in `role`; modes, gradients and random generators stay as they are.
+
+    Raises:
+        DataError: a prompt without tokens, or one that leaves no room for an answer.
+        ModelError: a role that the model does not have.
+    """
+    separate = bundle.reference if role == REFERENCE else None
+    model: Any = bundle.model if separate is None else separate
+    done: list[Completion] = []
+    with bundle.role(role) if separate is None else contextlib.nullcontext():
+        engine = HFEngine(model, tokenizer)
+        parts = list(zip(in_parts(prompts, _PROMPTS_AT_ONCE), in_parts(seeds, _PROMPTS_AT_ONCE), strict=True))
+        for some, their_seeds in progress(parts, f"Answers, {role}", quiet=quiet):
+            done += engine.generate(some, their_seeds, sampling)
+    return done
 
 
 def compare_answers(
@@ -65,14 +165,11 @@ def greedy_answers(
         DataError: a prompt without tokens, or one that leaves no room for an answer.
         ModelError: a role that the model does not have.
     """
-    bundle, tokenizer = trainer.bundle, _tokenizer(trainer)
-    separate = bundle.reference if role == REFERENCE else None
-    wearing = bundle.role(role) if separate is None else contextlib.nullcontext()
-    model: Any = bundle.model if separate is None else separate
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
-    with wearing, trainer.compute_loss_context_manager():
-        completions = HFEngine(model, tokenizer).generate(prompts, [[0]] * len(prompts), sampling)
-    return [_text(tokenizer, completion.ids) for completion in completions]
+    tokenizer, seeds = _tokenizer(trainer), [[0]] * len(prompts)
+    with trainer.compute_loss_context_manager():
+        found = generate_in_role(trainer.bundle, tokenizer, prompts, seeds, sampling, role=role, quiet=True)
+    return [_text(tokenizer, completion.ids) for completion in found]
 
 
 def _tokenizer(trainer: DPOTrainer) -> Any:

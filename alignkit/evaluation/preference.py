@@ -5,17 +5,24 @@ Ties count as half. An untrained adapter gives every completion the reward 0, so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from alignkit.errors import DataError
-from alignkit.functional.intervals import wilson_interval
+from alignkit.evaluation.calibration import Calibration, calibrate
+from alignkit.evaluation.estimates import (
+    Estimate,
+    accuracy_interval,
+    as_floats,
+    difference_interval,
+    mean_interval,
+    ranking_interval,
+    wins,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -23,18 +30,18 @@ if TYPE_CHECKING:
     from alignkit.trainers.dpo import DPOTrainer
     from alignkit.trainers.reward import RewardTrainer
 
-_CONFIDENCE = 0.95
-_RESAMPLES = 2000
-_BATCH_NUMBERS = 4_000_000  # resampled numbers in memory at a time
-_SEED = 0
-
-
-class Estimate(NamedTuple):
-    """A measured value and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+__all__ = [
+    "Estimate",
+    "PreferenceSummary",
+    "accuracy_interval",
+    "difference_interval",
+    "mean_interval",
+    "ranking_interval",
+    "summarize_labelled",
+    "summarize_pairs",
+    "summarize_preferences",
+    "summarize_rewards",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class PreferenceSummary:
             a desirable completion has a higher reward than an undesirable one (the area under the ROC curve).
         margin: mean reward of chosen (desirable) minus rejected (undesirable) completions.
         shorter: the accuracy of "the shorter completion is better" on the same rows, lengths in tokens.
+        calibration: of the chance σ(margin) that the policy gives the chosen completion; `None` for unpaired rows.
     """
 
     rows: int
@@ -59,52 +67,14 @@ class PreferenceSummary:
     accuracy: Estimate
     margin: Estimate
     shorter: Estimate
+    calibration: Calibration | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {
-            name: Estimate(*value)._asdict() if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-
-def accuracy_interval(correct: float, total: int) -> Estimate:
-    """Return the share `correct / total` with Wilson's 95 % interval (Wilson 1927, Eq. 4 in Brown et al. 2001).
-
-    A half, from ties, widens the interval: it reaches from that of the next lower to that of the next higher count.
-
-    Raises:
-        ValueError: no rows, or more correct ones than rows.
-    """
-    low, _ = wilson_interval(math.floor(correct), total, _CONFIDENCE)
-    _, high = wilson_interval(math.ceil(correct), total, _CONFIDENCE)
-    return Estimate(correct / total, low, high)
-
-
-def mean_interval(values: ArrayLike) -> Estimate:
-    """Return the mean of `values` `(N,)` with a 95 % percentile bootstrap interval from a fixed seed."""
-    return _bootstrap(_mean, _floats(values))
-
-
-def difference_interval(high: ArrayLike, low: ArrayLike) -> Estimate:
-    """Return mean(`high`) - mean(`low`) of independent samples with a 95 % percentile bootstrap interval."""
-    return _bootstrap(_difference, _floats(high), _floats(low))
-
-
-def ranking_interval(high: ArrayLike, low: ArrayLike) -> Estimate:
-    """Return P(a value of `high` > a value of `low`), ties as half, with DeLong's 95 % interval (DeLong et al. 1988).
-
-    Raises:
-        ValueError: one of the two is empty.
-    """
-    above, below = _floats(high), _floats(low)
-    if not len(above) or not len(below):
-        raise ValueError("ranking needs values of both kinds")
-    of_above = _share_below(above, below)
-    of_below = 1 - _share_below(below, above)
-    variance = sum(float(shares.var(ddof=1)) / len(shares) for shares in (of_above, of_below) if len(shares) > 1)
-    value, reach = float(of_above.mean()), float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * math.sqrt(variance)
-    return Estimate(value, max(0.0, value - reach), min(1.0, value + reach))
+        estimates = {"accuracy": self.accuracy, "margin": self.margin, "shorter": self.shorter}
+        counts = {"rows": self.rows, "ties": self.ties, "is_paired": self.is_paired, "loss": self.loss}
+        plain = {**counts, **{name: estimate._asdict() for name, estimate in estimates.items()}}
+        return plain if self.calibration is None else {**plain, "calibration": self.calibration.as_dict()}
 
 
 def summarize_pairs(
@@ -115,16 +85,17 @@ def summarize_pairs(
     rejected_tokens: ArrayLike,
 ) -> PreferenceSummary:
     """Summarize pairs from their rewards and completion lengths, each `(N,)`."""
-    margins = _floats(chosen_rewards) - _floats(rejected_rewards)
-    extra_tokens = _floats(rejected_tokens) - _floats(chosen_tokens)
+    margins = as_floats(chosen_rewards) - as_floats(rejected_rewards)
+    extra_tokens = as_floats(rejected_tokens) - as_floats(chosen_tokens)
     return PreferenceSummary(
         rows=len(margins),
         ties=int((margins == 0).sum()),
         is_paired=True,
         loss=loss,
-        accuracy=accuracy_interval(_wins(margins), len(margins)),
+        accuracy=accuracy_interval(wins(margins), len(margins)),
         margin=mean_interval(margins),
-        shorter=accuracy_interval(_wins(extra_tokens), len(extra_tokens)),
+        shorter=accuracy_interval(wins(extra_tokens), len(extra_tokens)),
+        calibration=calibrate(margins),
     )
 
 
@@ -134,7 +105,7 @@ def summarize_labelled(loss: float, rewards: ArrayLike, labels: ArrayLike, token
     Raises:
         DataError: the rows are all of one kind.
     """
-    values, lengths, good = _floats(rewards), _floats(tokens), np.asarray(labels, dtype=bool)
+    values, lengths, good = as_floats(rewards), as_floats(tokens), np.asarray(labels, dtype=bool)
     if good.all() or not good.any():
         raise DataError(
             "held-out rows are all labelled the same, so nothing can be ranked: hold out rows of both kinds."
@@ -195,45 +166,3 @@ def _completion_tokens(dataset: Dataset | IterableDataset) -> NDArray[np.int64]:
         )
     rows: Any = dataset.select_columns(["chosen_ids", "rejected_ids"])
     return np.array([(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows])
-
-
-def _floats(values: ArrayLike) -> NDArray[np.float64]:
-    return np.asarray(values, dtype=np.float64)
-
-
-def _wins(differences: NDArray[np.float64]) -> float:
-    return float((differences > 0).sum() + 0.5 * (differences == 0).sum())
-
-
-def _share_below(values: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """For each value, the share of `others` below it, equal ones as half."""
-    ordered = np.sort(others)
-    left, right = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return (left + right) / (2 * len(ordered))
-
-
-def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    return values.mean(axis=axis)
-
-
-def _difference(high: NDArray[np.float64], low: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    return high.mean(axis=axis) - low.mean(axis=axis)
-
-
-def _bootstrap(statistic: Any, *samples: NDArray[np.float64]) -> Estimate:
-    value = float(statistic(*samples, axis=0))
-    if not math.isfinite(value):
-        return Estimate(value, math.nan, math.nan)
-    if min(map(len, samples)) < 2:  # nothing to draw from
-        return Estimate(value, -math.inf, math.inf)
-    interval = stats.bootstrap(
-        samples,
-        statistic,
-        n_resamples=_RESAMPLES,
-        batch=max(1, _BATCH_NUMBERS // max(map(len, samples))),
-        vectorized=True,
-        confidence_level=_CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))

@@ -28,3 +28,17 @@ def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> 
     reach = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (center - reach) / scale), min(1.0, (center + reach) / scale)
+
+
+def zero_rate_bound(trials: int, confidence: float = 0.95) -> float:
+    """Upper bound of a rate of which `trials` trials have shown no case: `1 − (1 − confidence)^(1/trials)`.
+
+    The rule of three (Hanley and Lippman-Hand 1983): at 95 % and more than a few trials it is about `3 / trials`. It is
+    one-sided and exact: were the rate as high as this, a case would have come up with the chance `confidence`.
+
+    Raises:
+        ValueError: no trials.
+    """
+    if trials < 1:
+        raise ValueError(f"{trials} trials say nothing about a rate")
+    return 1 - (1 - confidence) ** (1 / trials)

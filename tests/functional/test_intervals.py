@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 
-from alignkit.functional.intervals import wilson_interval
+from alignkit.functional.intervals import wilson_interval, zero_rate_bound
 
 
 def test_a_published_interval():
@@ -36,3 +36,13 @@ def test_less_confidence_is_narrower():
 def test_no_share(successes, trials):
     with pytest.raises(ValueError, match="is not a share"):
         wilson_interval(successes, trials)
+
+
+def test_none_of_n_is_the_rule_of_three():
+    for trials in (30, 100, 1000):
+        bound = zero_rate_bound(trials)
+        assert bound == pytest.approx(3 / trials, rel=0.06)
+        assert (1 - bound) ** trials == pytest.approx(0.05)  # the chance of none, were the rate as high as that
+    assert zero_rate_bound(100, 0.99) > zero_rate_bound(100)
+    with pytest.raises(ValueError, match="0 trials"):
+        zero_rate_bound(0)
