@@ -164,11 +164,13 @@ def test_a_run_trains_saves_and_reports(
     for part in ("Preparation of train", "Preparation of eval", "Greedy answers to 5 held-out prompts", "KL from the"):
         assert part in shown
     assert "AutoPeftModelForCausalLM" in shown
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert [answer["row"] for answer in results["after"]["answers"]] == list(range(5))
-    assert all(answer["tokens"] <= 5 for answer in results["before"]["answers"])
-    assert results["preparation"]["train"]["rows_kept"] == 11
-    assert (results["options"]["num_mini_batches"], results["options"]["reward_model"]) == (2, None)
+    results = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
+    assert [set(sample) >= {"prompt", "before", "after", "reward_after"} for sample in results["samples"]] == [True] * 5
+    (evaluation,) = results["evaluations"]
+    assert evaluation["rows"] == 5
+    assert evaluation["baseline"]["tokens"]["value"] <= 5
+    assert results["data"][0]["rows"] == 11
+    assert (results["settings"]["num_mini_batches"], results["reward"]) == (2, ["sentiment"])
     rollouts = [entry for entry in results["log"] if "objective/scores" in entry]
     assert [entry["episode"] for entry in rollouts] == [4, 8]
     assert all("rewards/sentiment" in entry for entry in rollouts)
@@ -181,13 +183,14 @@ def test_reward_models_are_weighed(
     models = [f"--reward_model={classifier(tmp_path / name, seed)}" for seed, name in enumerate(("kind", "brief"))]
     arguments = tiny_arguments(policy, prompts, output, max_steps=2)
     run_here(recipe, [*arguments, *models, "--reward_weights", "1", "-0.5"], monkeypatch)
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
     (logged,) = (entry for entry in results["log"] if "objective/scores" in entry)
     kind, brief = logged["rewards/kind"], logged["rewards/brief"]
     assert logged["objective/scores"] == pytest.approx(kind - 0.5 * brief, rel=1e-5)
     assert min(logged["rewards/kind/std"], logged["rewards/brief/std"]) > 0
-    assert results["before"]["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}  # nothing was trained yet
-    assert results["after"]["kl"]["value"] != 0.0
+    (evaluation,) = results["evaluations"]
+    assert evaluation["baseline"]["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}  # nothing was trained yet
+    assert evaluation["metrics"]["kl"]["value"] != 0.0
     weights = load_file(output / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
 
@@ -209,7 +212,7 @@ def test_the_reward_models_recipe_makes_a_reward_for_this_one(policy: Path, prom
     assert trained.returncode == 0, trained.stderr
     finished = run(RECIPE, *tiny_arguments(policy, prompts, output), "--reward_model", str(reward))
     assert finished.returncode == 0, finished.stderr
-    log = json.loads((output / "results.json").read_text(encoding="utf-8"))["log"]
+    log = json.loads((output / "run_record.json").read_text(encoding="utf-8"))["log"]
     assert sum("rewards/reward" in entry for entry in log) == 2
 
 
@@ -228,12 +231,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 def test_the_default_raises_the_reward_of_held_out_answers(tmp_path: Path) -> None:
     finished = run(RECIPE, "--output_dir", str(tmp_path), timeout_s=1780)
     assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    changes = [
-        after["reward"] - before["reward"]
-        for before, after in zip(results["before"]["answers"], results["after"]["answers"], strict=True)
-    ]
+    results = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
+    changes = [sample["reward_after"] - sample["reward_before"] for sample in results["samples"]]
     assert len(changes) == 62
     assert sum(changes) / len(changes) > 0.1
-    assert results["before"]["kl"]["value"] == 0.0
-    assert results["after"]["kl"]["value"] < 20
+    (evaluation,) = results["evaluations"]
+    assert evaluation["baseline"]["kl"]["value"] == 0.0
+    assert evaluation["metrics"]["kl"]["value"] < 20

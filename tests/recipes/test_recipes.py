@@ -108,13 +108,17 @@ def test_a_real_launch_trains_saves_and_reports(tmp_path: Path) -> None:
     assert "Greedy answers" in finished.stdout
     assert "AutoPeftModelForCausalLM" in finished.stdout
     assert "step 2/2 | loss " in finished.stderr
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert results["before"]["accuracy"]["value"] == 0.5
-    assert results["before"]["loss"] == pytest.approx(0.693147, rel=1e-4)
-    assert results["after"]["rows"] == 4
-    assert len(results["answers"]) == 4
-    assert results["options"]["max_train_rows"] == 8
-    assert results["preparation"]["train"]["rows_kept"] == 8
+    results = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
+    (evaluation,) = results["evaluations"]
+    assert evaluation["baseline"]["accuracy"]["value"] == 0.5
+    assert evaluation["baseline"]["loss"] == pytest.approx(0.693147, rel=1e-4)
+    assert evaluation["rows"] == 4
+    assert len(results["samples"]) == 4
+    assert "--max_train_rows 8" in results["command"]
+    assert results["data"][0]["rows"] == 8
+    for name in ("report.html", "README.md", "margin.png"):
+        assert (output / name).is_file()
+    assert "reward accuracy" in (output / "README.md").read_text(encoding="utf-8")
     weights = load_file(output / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
 
@@ -127,9 +131,10 @@ def test_a_reward_model_is_trained_saved_and_loads(tmp_path: Path) -> None:
     for part in ("Preparation of train", "Held-out preferences: 4 pairs", "alignkit.load_reward_model"):
         assert part in finished.stdout
     assert "step 2/2 | loss " in finished.stderr
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert results["after"]["rows"] == 4
-    assert results["after"]["accuracy"]["low"] < results["after"]["accuracy"]["high"]
+    results = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
+    (evaluation,) = results["evaluations"]
+    assert evaluation["rows"] == 4
+    assert evaluation["metrics"]["accuracy"]["low"] < evaluation["metrics"]["accuracy"]["high"]
     model, tokenizer = load_reward_model(output)
     assert tokenizer.pad_token != tokenizer.eos_token
     assert model(**tokenizer(["a", "a longer one"], padding=True, return_tensors="pt")).logits.shape == (2, 2)
