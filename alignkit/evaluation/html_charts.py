@@ -136,7 +136,7 @@ def nice_ticks(low: float, high: float, *, least: float = 0.0) -> list[float]:
     """Return round numbers between `low` and `high`, about five of them and no nearer to one another than `least`."""
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
-    step = max(least, power * next((each for each in (1, 2, 2.5, 5) if each * power >= rough), 10))
+    step = max(least, power * min((1, 2, 2.5, 5, 10), key=lambda each: abs(math.log(each * power / rough))))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
@@ -162,15 +162,16 @@ class IntervalPlot(NamedTuple):
     reference: float | None
 
 
-def interval_plot(after: Figure, before: Figure | None, reference: float | None) -> IntervalPlot | None:
-    """Lay out one metric before and after on a common scale; `None` where no interval is known."""
+def interval_plot(
+    after: Figure, before: Figure | None, reference: float | None, others: Iterable[float] = ()
+) -> IntervalPlot | None:
+    """Lay out one metric before and after on a common scale, which covers `others` too; `None` without an interval."""
     figures = [("before", before), ("after", after)] if before is not None else [("after", after)]
     given = [(kind, found) for kind, found in figures if found is not None]
     ends = [end for _, found in given for end in (found.value, found.low, found.high) if end is not None]
     if all(found.low is None for _, found in given):
         return None
-    if reference is not None:
-        ends.append(reference)
+    ends += [*others, *([] if reference is None else [reference])]
     across = _Scale(*_padded(min(ends), max(ends)), 4, INTERVAL_WIDTH - 4)
     heights = [9.0, 21.0] if len(given) == 2 else [15.0]
     marks = [

@@ -107,11 +107,15 @@ class Headline(NamedTuple):
 def evaluation_table(entry: Mapping[str, Any]) -> Evaluation:
     """Turn an evaluation of a record into a table; metrics that are no figures are left out."""
     metrics, baseline = both_sides(entry)
-    rows = [
-        row
-        for name, value in metrics.items()
-        if name not in _UNTOLD_METRICS and (row := _row(name, value, baseline.get(name))) is not None
-    ]
+    found = {name: each for name, value in metrics.items() if (each := figure(value)) is not None}
+    found = {name: each for name, each in found.items() if name not in _UNTOLD_METRICS}
+    # A baseline of the data, not of the model, is the same before.
+    before = {name: figure(baseline.get(name)) for name in found if name != "shorter"}
+    ends: dict[str, list[float]] = {}  # of the intervals that are drawn on one scale
+    for name, each in [*found.items(), *before.items()]:
+        if each is not None:
+            ends.setdefault(_scale(name), []).extend(end for end in each if end is not None)
+    rows = [_row(name, each, before.get(name), ends[_scale(name)]) for name, each in found.items()]
     return Evaluation(
         name=_title(str(entry["name"])),
         rows=show_number(entry["rows"]),
@@ -125,13 +129,15 @@ def _title(name: str) -> str:
     return _EVALUATIONS.get(name, name[:1].upper() + name[1:].replace("_", " "))
 
 
-def _row(name: str, value: Any, before_value: Any) -> Row | None:
-    after, before = figure(value), figure(before_value)
-    if after is None:
-        return None
+def _scale(name: str) -> str:
+    """A name for the scale that a metric is drawn on: metrics that are to be compared share theirs."""
+    if name.startswith(("subset/", "section/")) or name == "overall":
+        return "subsets"
+    return {"shorter": "accuracy", "length_controlled_win_rate": "win_rate"}.get(name, name)
+
+
+def _row(name: str, after: Figure, before: Figure | None, ends: list[float]) -> Row:
     share = is_share(name)
-    if before is not None and name == "shorter":  # of the data, not of the model
-        before = None
     change = "" if before is None else _change(before, after, share=share)
     return Row(
         name=name,
@@ -141,7 +147,7 @@ def _row(name: str, value: Any, before_value: Any) -> Row | None:
         after=show_figure(after.value, share=share),
         after_interval=show_interval(after, share=share),
         change=change,
-        plot=interval_plot(after, before, _REFERENCES.get(name)),
+        plot=interval_plot(after, before, _REFERENCES.get(name), ends),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.evaluation.html import render_report, write_report
+from alignkit.evaluation.html_tables import evaluation_table
 from alignkit.hub.record import RunRecord
 from tests.evaluation.run_records import (
     HOSTILE_TEXTS,
@@ -135,6 +136,16 @@ def test_the_table_shows_every_metric_before_and_after() -> None:
     for shown in ("64.4 %", "[58.8, 69.6]", "0.391", "[0.273, 0.515]", "+0.391", "0.630", "−0.063", "53.7 %"):
         assert shown in text
     assert "prefer the shorter" in text
+
+
+def test_accuracy_is_drawn_on_the_scale_of_its_baseline() -> None:
+    rows = {row.name: row for row in evaluation_table(dpo_record().evaluations[0]).metrics}
+    accuracy, shorter, margin = (rows[name].plot for name in ("accuracy", "shorter", "margin"))
+    assert accuracy is not None
+    assert shorter is not None
+    assert margin is not None
+    assert accuracy.reference == shorter.reference
+    assert accuracy.reference != margin.reference
 
 
 def test_metrics_of_both_sides_share_a_row() -> None:

@@ -31,7 +31,7 @@ def panel(values: list[float | None], **changes: object) -> Panel:
     [
         (0.0, 1.0, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         (0.58, 0.83, ["0.60", "0.65", "0.70", "0.75", "0.80"]),
-        (-1.1, 2.4, ["−1", "0", "1", "2"]),
+        (-1.1, 2.4, ["−1.0", "−0.5", "0", "0.5", "1.0", "1.5", "2.0"]),
         (5, 100, ["20", "40", "60", "80", "100"]),
         (0, 5e7, ["0", "1e+07", "2e+07", "3e+07", "4e+07", "5e+07"]),
         (1e-7, 6e-7, ["1e−07", "2e−07", "3e−07", "4e−07", "5e−07", "6e−07"]),
@@ -122,6 +122,14 @@ def test_intervals_share_a_scale() -> None:
     assert after_low is not None
     assert 0 < low < before < high < after_low < after < INTERVAL_WIDTH
     assert plot.reference == before
+
+
+def test_metrics_that_are_compared_share_a_scale() -> None:
+    accuracy, shorter = Figure(0.64, 0.59, 0.70), Figure(0.54, 0.48, 0.59)
+    plots = [interval_plot(each, None, 0.5, [*accuracy, *shorter]) for each in (accuracy, shorter)]
+    first, second = (plot.marks[0] for plot in plots if plot is not None)
+    assert second[3] == first[2]  # one ends where the other begins: at 0.59
+    assert second[1] < first[1]
 
 
 def test_no_interval_no_plot() -> None:
