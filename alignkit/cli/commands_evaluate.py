@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from alignkit.cli.commands_run import evaluation_table
 from alignkit.cli.output import AsJson, console, print_json
 from alignkit.errors import ConfigError
+from alignkit.hub.record import RECORD_FILE, RunRecord
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A run's folder, a name on the Hub, or a reward model.", show_default=False),
+]
+Data = Annotated[str | None, typer.Option(help="Held-out preferences: a file, folder, Hub id, or 'demo'.")]
+Split = Annotated[str, typer.Option(help="Split of the data, with a slice if you like: 'train[-300:]'.")]
+Prompts = Annotated[
+    str | None, typer.Option(help="Prompts to answer, as --data is given; by default those of the data.")
+]
+Texts = Annotated[Path | None, typer.Option(help="Text file for perplexity: documents are separated by empty lines.")]
+JudgeName = Annotated[
+    str | None, typer.Option(help="Who compares answers: 'reward:PATH', 'model:PATH' or 'NAME@https://host/v1'.")
+]
+Beta = Annotated[float | None, typer.Option(help="Of a policy's loss; by default the run's own, or 0.1.")]
+MaxPairs = Annotated[int | None, typer.Option(help="Score only the first pairs.")]
+MaxPrompts = Annotated[int, typer.Option(help="Answer the first prompts.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Length at which answers are cut, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="Of the answers that are compared; 0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Pack the base's weights (NF4).")]
+Keep = Annotated[
+    bool, typer.Option("--record/--no-record", help="Add what is found to the run's record, report and card.")
+]
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A run's folder, a name on the Hub, or a reward model.", show_default=False
-        ),
-    ],
-    data: Annotated[str | None, typer.Option(help="Held-out preferences: a file, folder, Hub id, or 'demo'.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data, with a slice if you like: 'train[-300:]'.")] = "test",
-    prompts: Annotated[
-        str | None, typer.Option(help="Prompts to answer, as --data is given; by default those of the data.")
-    ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Text file for perplexity: documents are separated by empty lines.")
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="Who compares answers: 'reward:PATH', 'model:PATH' or 'NAME@https://host/v1'."),
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Of a policy's loss; by default 0.1.")] = None,
-    max_pairs: Annotated[int | None, typer.Option(help="Score only the first pairs.")] = None,
-    max_prompts: Annotated[int, typer.Option(help="Answer the first prompts.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Length at which answers are cut, in tokens.")] = 96,
-    temperature: Annotated[float, typer.Option(help="Of the answers that are compared; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Pack the base's weights (NF4).")] = False,
-    keep: Annotated[
-        bool, typer.Option("--record/--no-record", help="Add what is found to the run's record, report and card.")
-    ] = True,
+    model: Model,
+    data: Data = None,
+    split: Split = "test",
+    prompts: Prompts = None,
+    texts: Texts = None,
+    judge: JudgeName = None,
+    beta: Beta = None,
+    max_pairs: MaxPairs = None,
+    max_prompts: MaxPrompts = 32,
+    max_new_tokens: MaxNewTokens = 96,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    load_in_4bit: FourBit = False,
+    keep: Keep = True,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a policy or a reward model on held-out data, with 95 % intervals.
@@ -59,9 +70,10 @@ def evaluate(
     from alignkit.evaluation.run import EvaluationOptions, evaluate_run
     from alignkit.models.load import nf4
 
+    record = _record_of(model)
     options = EvaluationOptions(
         split=split,
-        beta=beta,
+        beta=record.settings.get("beta") if beta is None and record is not None else beta,
         max_pairs=max_pairs,
         max_prompts=max_prompts,
         max_new_tokens=max_new_tokens,
@@ -72,7 +84,7 @@ def evaluate(
     loading = {"quantization_config": nf4()} if load_in_4bit else {}
     documents = None if texts is None else _documents(texts)
     found = evaluate_run(model, data=data, prompts=prompts, texts=documents, judge=judge, options=options, **loading)
-    written = _add_to_record(model, found) if keep else None
+    written = _add(found, record, Path(model).expanduser()) if keep and record is not None else None
     if as_json:
         print_json({"model": model, "evaluations": found})
         return
@@ -94,15 +106,15 @@ def _documents(path: Path) -> list[str]:
     return found
 
 
-def _add_to_record(model: str, found: list[dict]) -> str | None:
-    """Add the evaluations to the record in the model's folder, and write its report and card anew."""
-    from alignkit.evaluation.finish import finish_run
-    from alignkit.hub.record import RECORD_FILE, RunRecord
-
+def _record_of(model: str) -> RunRecord | None:
     folder = Path(model).expanduser()
-    if not (folder / RECORD_FILE).is_file():
-        return None
-    record = RunRecord.load(folder)
+    return RunRecord.load(folder) if (folder / RECORD_FILE).is_file() else None
+
+
+def _add(found: list[dict[str, Any]], record: RunRecord, folder: Path) -> str:
+    """Add evaluations to the record of a run, and write its report and card anew."""
+    from alignkit.evaluation.finish import finish_run
+
     for each in found:
         record.add_evaluation(each["name"], each["metrics"], rows=each["rows"], details=each["details"])
     return finish_run(record, folder).lines()

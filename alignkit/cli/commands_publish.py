@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,28 +12,38 @@ import typer
 from alignkit.cli.output import AsJson, console, print_json
 
 
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder that a trainer saved its model to.", show_default=False)
+]
+RepoId = Annotated[str, typer.Argument(metavar="REPO", help="Where to: owner/name.", show_default=False)]
+Public = Annotated[
+    bool | None,
+    typer.Option(
+        "--public/--private",
+        help="Who can see a new repository; by default only you. An existing one stays as it is.",
+        show_default=False,
+    ),
+]
+Branch = Annotated[str | None, typer.Option(help="Branch to commit to; made where it does not exist.")]
+PullRequest = Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="The base's id on the Hub, where the adapter was trained on a local copy.")
+]
+Message = Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the card and the files that would go up; send nothing.")
+]
+
+
 def publish(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder that a trainer saved its model to.", show_default=False)
-    ],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Where to: owner/name.", show_default=False)],
-    public: Annotated[
-        bool | None,
-        typer.Option(
-            "--public/--private",
-            help="Who can see a new repository; by default only you. An existing one stays as it is.",
-            show_default=False,
-        ),
-    ] = None,
-    branch: Annotated[str | None, typer.Option(help="Branch to commit to; made where it does not exist.")] = None,
-    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="The base's id on the Hub, where the adapter was trained on a local copy.")
-    ] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the card and the files that would go up; send nothing.")
-    ] = False,
+    run: RunFolder,
+    repo_id: RepoId,
+    public: Public = None,
+    branch: Branch = None,
+    pull_request: PullRequest = False,
+    base_model: BaseModel = None,
+    message: Message = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter or model with an honest card, and check what arrived.
@@ -49,16 +61,17 @@ def publish(
     """
     from alignkit.hub import publish as publishing
 
-    published = publishing.publish(
-        run,
-        repo_id,
-        private=None if public is None else not public,
-        branch=branch,
-        create_pr=pull_request,
-        dry_run=dry_run,
-        commit_message=message,
-        base_model=base_model,
-    )
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a dry run shows
+        published = publishing.publish(
+            run,
+            repo_id,
+            private=None if public is None else not public,
+            branch=branch,
+            create_pr=pull_request,
+            dry_run=dry_run,
+            commit_message=message,
+            base_model=base_model,
+        )
     if as_json:
         print_json(published._asdict())
         return

@@ -66,12 +66,12 @@ def _facts(record: Any) -> Iterator[tuple[str, str]]:
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     """An evaluation of a record: each metric with its interval, before and after where there is a before."""
-    from alignkit.hub.wording import figure, metric_title
+    from alignkit.hub.wording import evaluation_title, figure, metric_title
 
     baseline = evaluation.get("baseline") or {}
-    title = f"{evaluation['name']}: {evaluation['rows']} rows, 95 % intervals"
+    title = f"{evaluation_title(evaluation['name'])}: {evaluation['rows']} rows, 95 % intervals"
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("", *(["before"] if baseline else []), "after"):
+    for heading in ("", "before", "after") if baseline else ("", "value"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, metric in evaluation["metrics"].items():
         shown = [figure(baseline.get(name))] if baseline else []

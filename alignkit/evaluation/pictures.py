@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.evaluation.curves import Log, Panel, Series, panels
+from alignkit.evaluation.curves import Panel, Series, panels
 from alignkit.hub.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -16,7 +15,6 @@ logger = logging.getLogger(__name__)
 PANEL_INCHES = (6.4, 4.0)
 _MOST_DOTS = 60
 _MARKS = str.maketrans({"$": r"\$", "\\": "/"})
-_ROLLOUT_PANELS = ("reward", "kl", "frontier")
 
 
 def write_pictures(record: RunRecord, folder: str | Path) -> list[Path]:
@@ -31,67 +29,26 @@ def write_pictures(record: RunRecord, folder: str | Path) -> list[Path]:
         returns an empty list.
     """
     shown = [panel for panel in panels(record.log) if panel.is_main]
-    if not _can_draw("the run", shown):
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning('No picture of the run: matplotlib is missing (pip install "alignkit[plot]").')
+        return []
+    if not shown:
+        logger.warning("No picture of the run: the log holds none.")
         return []
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return [_picture([panel], Path(folder) / f"{panel.key}.png") for panel in shown]
+    return [_picture(panel, Path(folder) / f"{panel.key}.png") for panel in shown]
 
 
-def margin_curve(log_history: Log, path: str | Path) -> Path | None:
-    """Draw the reward margin over the steps of a log; return the picture's path.
-
-    Without matplotlib, or without a margin in the log, this says so in one line of log and returns None.
-    """
-    shown = [panel for panel in panels(log_history) if panel.key == "margin"]
-    return _picture(shown, path) if _can_draw("the margin", shown) else None
-
-
-def rollout_curves(runs: Mapping[str, Log], path: str | Path) -> Path | None:
-    """Draw what PPO runs reached: reward and KL over their episodes, and the one against the other.
-
-    The third panel is the frontier (Gao et al. 2023, arXiv 2210.10760): what a run pays in KL for its reward.
-
-    Args:
-        runs: the log of each run by the name that the legend gives it.
-        path: the picture, PNG.
-
-    Returns:
-        The picture's path. Without matplotlib, or without a rollout in the logs, this says so in one line of log and
-        returns None.
-    """
-    found = {name: {panel.key: panel for panel in panels(log)} for name, log in runs.items()}
-    shown = []
-    for key in _ROLLOUT_PANELS:
-        of_runs = {name: by_key[key] for name, by_key in found.items() if key in by_key}
-        if of_runs:
-            series = tuple(
-                panel.series[0]._replace(label=name, tone=tone) for tone, (name, panel) in enumerate(of_runs.items())
-            )
-            shown.append(next(iter(of_runs.values()))._replace(series=series))
-    return _picture(shown, path) if _can_draw("the rollouts", shown) else None
-
-
-def _can_draw(what: str, shown: list[Panel]) -> bool:
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('No picture of %s: matplotlib is missing (pip install "alignkit[plot]").', what)
-        return False
-    if not shown:
-        logger.warning("No picture of %s: the log holds none.", what)
-    return bool(shown)
-
-
-def _picture(shown: list[Panel], path: str | Path) -> Path:
-    """Draw panels side by side, without a display."""
+def _picture(panel: Panel, path: Path) -> Path:
+    """Draw a panel, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * len(shown), height), layout="constrained")
+    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
-    for number, panel in enumerate(shown, start=1):
-        _draw(figure.add_subplot(1, len(shown), number), panel)
+    _draw(figure.add_subplot(), panel)
     figure.savefig(path, dpi=150, format="png")
-    return Path(path)
+    return path
 
 
 def _draw(axes: Any, panel: Panel) -> None:

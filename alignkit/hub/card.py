@@ -17,7 +17,7 @@ from alignkit.errors import DataError
 from alignkit.hub.card_text import base_advice, intended_use, limits, memory_needed, reward_advice, snippet, what_it_is
 from alignkit.hub.metadata import card_metadata, default_name, merged_metadata
 from alignkit.hub.record import RECORD_FILE, RunRecord, write_text
-from alignkit.hub.wording import base_name, count, duration, figure, metric_title, size
+from alignkit.hub.wording import base_name, count, duration, evaluation_title, figure, metric_title, size
 
 CARD_FILE = "README.md"
 
@@ -139,7 +139,7 @@ def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
     metrics, baseline = entry["metrics"], entry.get("baseline") or {}
     values = [*metrics.values(), *baseline.values()]
     return {
-        "name": _inline(entry["name"]),
+        "name": _inline(evaluation_title(entry["name"])),
         "rows": entry["rows"],
         "has_baseline": bool(baseline),
         "has_intervals": any(isinstance(value, Mapping) for value in values),

@@ -25,6 +25,22 @@ _TITLES = {
 }
 
 
+_EVALUATIONS = {
+    "preferences": "preferences",
+    "answers": "answers of the policy and of its reference",
+    "kl": "KL from the reference, on sampled answers",
+    "win_rate": "win rate against the reference",
+    "injections": "verdicts that text inside an answer turned",
+    "perplexity": "perplexity",
+    "reward_bench": "accuracy by subset",
+}
+
+
+def evaluation_title(name: str) -> str:
+    """What an evaluation is called for people."""
+    return _EVALUATIONS.get(name, name)
+
+
 def metric_title(name: str) -> str:
     """What a metric is called for people."""
     return _TITLES.get(name, name.replace("_", " "))
