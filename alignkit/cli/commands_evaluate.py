@@ -104,5 +104,6 @@ def _add_to_record(model: str, found: list[dict]) -> str | None:
         return None
     record = RunRecord.load(folder)
     for each in found:
-        record.add_evaluation(each["name"], each["metrics"], rows=each["rows"], details=each["details"])
+        measured = {key: each[key] for key in ("rows", "baseline", "details")}
+        record.add_evaluation(each["name"], each["metrics"], **measured)
     return finish_run(record, folder).lines()
