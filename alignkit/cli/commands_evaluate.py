@@ -116,5 +116,6 @@ def _add(found: list[dict[str, Any]], record: RunRecord, folder: Path) -> str:
     from alignkit.evaluation.finish import finish_run
 
     for each in found:
-        record.add_evaluation(each["name"], each["metrics"], rows=each["rows"], details=each["details"])
+        measured = {key: each[key] for key in ("rows", "baseline", "details")}
+        record.add_evaluation(each["name"], each["metrics"], **measured)
     return finish_run(record, folder).lines()

@@ -105,8 +105,9 @@ def evaluate_run(
         **loading: further arguments of `load_policy` or `alignkit.load_reward_model`.
 
     Returns:
-        Entries `{"name", "rows", "metrics": {metric: {"value", "low", "high"}}, "details"}` of plain JSON values. An
-        end of an interval is None where there is none.
+        Entries `{"name", "rows", "metrics": {metric: {"value", "low", "high"}}, "baseline", "details"}` of plain JSON
+        values, as `RunRecord.add_evaluation` takes them. The baseline has the same metrics of the reference, or is
+        None. An end of an interval is None where there is none.
 
     Raises:
         ModelError: no such model, or a judge that cannot be loaded or does not give one verdict for each prompt.
@@ -132,10 +133,19 @@ def evaluate_run(
     return _of_reward_model(loaded, rows, options)
 
 
-def entry(name: str, rows: int, metrics: Mapping[str, Estimate | None], details: Mapping[str, Any]) -> Evaluation:
+def entry(
+    name: str,
+    rows: int,
+    metrics: Mapping[str, Estimate | None],
+    details: Mapping[str, Any],
+    baseline: Mapping[str, Estimate | None] | None = None,
+) -> Evaluation:
     """Return an entry for a run's record: plain JSON values; metrics that are None are left out."""
-    found = {metric: value for metric, value in metrics.items() if value is not None}
-    return as_json({"name": name, "rows": rows, "metrics": found, "details": details})
+    found, before = (
+        None if figures is None else {metric: value for metric, value in figures.items() if value is not None}
+        for figures in (metrics, baseline)
+    )
+    return as_json({"name": name, "rows": rows, "metrics": found, "baseline": before, "details": details})
 
 
 def _refuse_for_reward(given: Mapping[str, Any]) -> None:
@@ -236,23 +246,28 @@ def _of_answers(policy: PolicyModel, prompts: Any, judge: Judge | None, options:
 
 def _answers_entry(sides: SideBySide) -> Evaluation:
     summaries = {"policy": (sides.policy, sides.policy_texts), "reference": (sides.reference, sides.reference_texts)}
-    metrics: dict[str, Estimate | None] = {}
-    for side, (completions, texts) in summaries.items():
-        if completions:
-            tokens, finished = [len(one.ids) for one in completions], [one.finished for one in completions]
-            metrics |= _text_metrics(side, summarize_texts(texts, tokens=tokens, finished=finished))
+    metrics = {
+        side: _text_metrics(
+            summarize_texts(
+                texts, tokens=[len(one.ids) for one in completions], finished=[one.finished for one in completions]
+            )
+        )
+        for side, (completions, texts) in summaries.items()
+        if completions
+    }
     shown = [{"prompt": one.prompt, "reference": one.reference, "policy": one.policy} for one in sides.answers(_SHOWN)]
     same = sum(one == other for one, other in zip(sides.policy_texts, sides.reference_texts, strict=False))
-    return entry("answers", len(sides.policy), metrics, {"samples": shown, "same_as_reference": same})
+    details = {"samples": shown, "same_as_reference": same}
+    return entry("answers", len(sides.policy), metrics["policy"], details, metrics.get("reference"))
 
 
-def _text_metrics(side: str, summary: TextSummary) -> dict[str, Estimate | None]:
+def _text_metrics(summary: TextSummary) -> dict[str, Estimate | None]:
     return {
-        f"{side}/distinct_1": single_value(summary.distinct_1),
-        f"{side}/distinct_2": single_value(summary.distinct_2),
-        f"{side}/words": summary.words,
-        f"{side}/tokens": summary.tokens,
-        f"{side}/finished": summary.finished,
+        "distinct_1": single_value(summary.distinct_1),
+        "distinct_2": single_value(summary.distinct_2),
+        "words": summary.words,
+        "tokens": summary.tokens,
+        "finished": summary.finished,
     }
 
 
@@ -309,6 +324,7 @@ def _plain(completion: Text) -> str:
 
 def _perplexity(policy: PolicyModel, texts: Sequence[Any], options: EvaluationOptions) -> Evaluation:
     found = perplexity(policy, texts, quiet=options.quiet)
-    metrics = {"perplexity": found.policy, "reference_perplexity": found.reference, "ratio": found.ratio}
+    metrics = {"perplexity": found.policy, "ratio": found.ratio}
+    baseline = None if found.reference is None else {"perplexity": found.reference}
     details = {"tokens": found.tokens, "cut": found.cut, "skipped": found.skipped}
-    return entry("perplexity", found.documents, metrics, details)
+    return entry("perplexity", found.documents, metrics, details, baseline)

@@ -189,7 +189,7 @@ def test_a_gullible_judge_turns_and_a_firm_one_does_not() -> None:
     rates = {result.name: result.flip_rate.value for result in found.results}
     assert rates.pop("ignore_the_above") == 1.0
     assert set(rates.values()) == {0.0}
-    assert (found.pairs, found.right) == (3, 6)
+    assert (found.pairs, found.right) == (3, 3)
     assert found.flip_rate.value == pytest.approx(1 / (len(INJECTIONS) - 1))
     stood = injection_resistance(firm, *PAIRS)
     assert stood.flip_rate.value == 0.0
@@ -203,19 +203,17 @@ def test_rewards_and_models_are_tried_too() -> None:
     long_winded = injection_resistance(longer, ["p"], ["a" * 60], ["b"])
     by_name = {result.name: result for result in long_winded.results}
     assert by_name[CONTROL].flip_rate.value == 1.0  # length, not the injection, is what turns this judge
-    judge = instruct_judge()
-    verdict, back = ask(judge, ["p", "p"], ["good", "bad"], ["bad", "good"])
-    assert verdict is not None
-    assert back is not None
-    pair = ("good", "bad") if verdict > 0.5 or back < 0.5 else ("bad", "good")
-    found = injection_resistance(judge, ["p"], [pair[0]], [pair[1]])
-    assert found.right >= 1
-    assert {result.asked for result in found.results} == {found.right}
+    # This pair is one of few that a random model judges alike in both orders, by a clear margin.
+    found = injection_resistance(instruct_judge(), ["why"], ["hlacbho"], ["koha"])
+    assert found.right == 1
+    assert {result.asked for result in found.results} == {2}
     assert found.as_dict()["results"][0]["name"] == CONTROL
 
 
 def test_a_judge_that_is_never_right_cannot_be_misled() -> None:
-    with pytest.raises(NothingRightError, match="named none of the 1 better answers"):
+    with pytest.raises(NothingRightError, match="none of the 1 better answers in both orders"):
+        injection_resistance(lambda prompts, first, second: [1.0] * len(prompts), ["p"], ["good"], ["bad"])
+    with pytest.raises(NothingRightError, match="none of the 1 better answers in both orders"):
         injection_resistance(firm, ["p"], ["worse"], ["good"])
     with pytest.raises(DataError, match="no injection"):
         injection_resistance(firm, *PAIRS, injections={CONTROL: INJECTIONS[CONTROL]})

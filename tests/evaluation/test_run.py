@@ -53,7 +53,7 @@ def test_a_policy_with_everything(policy: PolicyModel) -> None:
         "perplexity",
     ]
     for entry in entries:
-        assert entry.keys() == {"name", "rows", "metrics", "details"}
+        assert entry.keys() == {"name", "rows", "metrics", "baseline", "details"}
         assert all(metric.keys() == {"value", "low", "high"} for metric in entry["metrics"].values())
         assert any(metric["value"] is not None for metric in entry["metrics"].values())
     assert json.loads(json.dumps(entries, allow_nan=False)) == entries
@@ -61,6 +61,10 @@ def test_a_policy_with_everything(policy: PolicyModel) -> None:
     assert rows == {"preferences": 12, "answers": 4, "kl": 4, "win_rate": 4, "injections": 3, "perplexity": 2}
     metrics = {entry["name"]: entry["metrics"] for entry in entries}
     assert metrics["preferences"]["loss"]["low"] is None
+    baselines = {entry["name"]: entry["baseline"] for entry in entries}
+    assert baselines["answers"].keys() == metrics["answers"].keys()
+    assert baselines["perplexity"]["perplexity"]["value"] != metrics["perplexity"]["perplexity"]["value"]
+    assert baselines["preferences"] is None
     assert 0 <= metrics["preferences"]["accuracy"]["low"] <= metrics["preferences"]["accuracy"]["high"] <= 1
     assert len(entries[1]["details"]["samples"]) == 4
 

@@ -43,4 +43,4 @@ def test_base_against_adapter_on_a_few_real_prompts(shared_data: Path) -> None:
     assert entries["answers"]["details"]["same_as_reference"] < 3
     assert all(sample["policy"] for sample in entries["answers"]["details"]["samples"])
     assert 0 <= entries["win_rate"]["metrics"]["win_rate"]["value"] <= 1
-    assert 1 < entries["perplexity"]["metrics"]["reference_perplexity"]["value"] < 1000
+    assert 1 < entries["perplexity"]["baseline"]["perplexity"]["value"] < 1000
