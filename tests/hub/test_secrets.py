@@ -82,9 +82,10 @@ def test_no_split_hides_a_secret(seed: int) -> None:
     source = random.Random(seed)
     needle = secret_needles({"$CANARY": CANARY})
     chosen = [*source.sample(sorted(SECRETS), 4), "canary"]
+    alphabet = b"abc xyz,.\n" if seed % 2 else b"abc xyz,.\n\0\xfe"
     data, planted = b"", []
     for kind in chosen:
-        filler = bytes(source.choices(b"abc xyz,.\n\0\xfe", k=source.randint(1, 3 * LONGEST_MATCH)))
+        filler = bytes(source.choices(alphabet, k=source.randint(1, 3 * LONGEST_MATCH)))
         secret = (CANARY if kind == "canary" else SECRETS[kind]).encode()
         data += filler + b"\n"
         planted.append((kind, len(data), len(data) + len(secret)))
@@ -95,7 +96,21 @@ def test_no_split_hides_a_secret(seed: int) -> None:
         wanted = "secret value ($CANARY)" if kind == "canary" else kind
         hits = [each for each in found if each.kind == wanted and start <= each.offset < end]
         assert len(hits) == 1, (kind, start, end)
+        assert hits[0].line == (data.count(b"\n", 0, start) + 1 if seed % 2 else None)
     assert found == Scanner(tuple(needle), chunk_bytes=len(data) + 1).scan_bytes("file", data)
+
+
+@pytest.mark.parametrize("place", range(97, 103))
+def test_no_split_makes_a_secret_of_a_word(place: int) -> None:
+    """What looks like a token from the chunk's edge on is the end of a longer word."""
+    data = b"." * (place - 1) + b"x" + SECRETS["Hugging Face token"].encode() + b"." * 3 * LONGEST_MATCH
+    for chunk_bytes in (100, LONGEST_MATCH + 100):
+        assert Scanner((), chunk_bytes=chunk_bytes).scan_bytes("file", data) == []
+
+
+def test_a_secret_with_two_names_is_found_once() -> None:
+    findings = PLAIN.scan_bytes("file", b'"auth_token_api_key": "Abcd1234Efgh5678"')
+    assert [each.kind for each in findings] == ["secret in an assignment"]
 
 
 SPELLINGS = {

@@ -19,6 +19,7 @@ CREATED = "2026-01-01T00:00:00.000Z"
 
 def register(routes: Routes, hub: HubServer) -> None:
     _register_repos(routes, hub)
+    _register_references(routes, hub)
     _register_commits(routes, hub)
     _register_discussions(routes, hub)
 
@@ -65,6 +66,10 @@ def _register_repos(routes: Routes, hub: HubServer) -> None:
                 "siblings": [{"rfilename": path} for path in sorted(commit.files)],
             }
         )
+
+
+def _register_references(routes: Routes, hub: HubServer) -> None:
+    store = hub.store
 
     @routes.on("PUT", rf"/api/{KIND}/{REPO}/settings")
     def settings(request: Request, repo_id: str) -> Response:

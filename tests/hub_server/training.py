@@ -22,7 +22,8 @@ _TINY: dict[str, Any] = {
 }
 
 
-def _trainer(method: str, folder: str, base: str, options: dict[str, Any], row: dict[str, Any]) -> Any:
+def make_trainer(method: str, folder: str, base: str, options: dict[str, Any], row: dict[str, Any]) -> Any:
+    """Make a tiny trainer; see `train` for the arguments."""
     settings = {**_TINY, "output_dir": folder, **options}
     rows = Dataset.from_list([{**each, **row} for each in text_rows(8)])
     if method == "ppo":
@@ -55,7 +56,7 @@ def train(
         **arguments: for what comes after.
     """
     torch.manual_seed(0)
-    trainer = _trainer(method, folder, base, options or {}, row or {})
+    trainer = make_trainer(method, folder, base, options or {}, row or {})
     if then == "make":
         return None
     trainer.train()
