@@ -105,27 +105,27 @@ def export(
             gguf = convert_to_gguf(
                 merged.path, folder / GGUF_NAME, outtype=outtype, name=name or target.name, converter=converter
             )
-        if "ollama" in formats:
-            write_modelfile(
-                folder,
-                GGUF_NAME,
-                load_tokenizer(merged.path),
-                generation=_generation(merged.path),
-                license_name=merged.base["license"],
-            )
-        if "merged" not in formats:
-            shutil.rmtree(merged.path)
-        else:
-            (merged.path / MERGE_FILE).unlink()  # export.json says it
-        figures = {"formats": sorted(set(formats)), "merged": summary(merged), "gguf": _gguf_summary(gguf)}
-        write_json(folder / EXPORT_FILE, plain(figures))
-        files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
+        files = _finish(folder, formats, merged, gguf)
     return Exported(
         path=target,
         files=files,
         merged=replace(merged, path=target / "merged"),
         gguf=None if gguf is None else replace(gguf, path=target / GGUF_NAME),
     )
+
+
+def _finish(folder: Path, formats: Sequence[str], merged: Merged, gguf: GgufFile | None) -> tuple[str, ...]:
+    """Write the Modelfile and `export.json`, remove what was not asked for, and return what lies in `folder`."""
+    if "ollama" in formats:
+        tokenizer, generation = load_tokenizer(merged.path), _generation(merged.path)
+        write_modelfile(folder, GGUF_NAME, tokenizer, generation=generation, license_name=merged.base["license"])
+    if "merged" in formats:
+        (merged.path / MERGE_FILE).unlink()  # export.json says it
+    else:
+        shutil.rmtree(merged.path)
+    figures = {"formats": sorted(set(formats)), "merged": summary(merged), "gguf": _gguf_summary(gguf)}
+    write_json(folder / EXPORT_FILE, figures)
+    return tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
 
 
 def _check_options(formats: Sequence[str], outtype: str) -> None:

@@ -1,9 +1,9 @@
 """An Ollama Modelfile for a GGUF file.
 
 Ollama does not run the Jinja chat template inside a GGUF file. Where a Modelfile has no TEMPLATE, it looks that one up
-in a list of its own, by edit distance, and takes `{{ .Prompt }}` where nothing is near: the model then sees bare
-text, and nobody is told. So the template is written out in Ollama's language (Go's text/template) wherever that can be proved
-to give the same text, and is left to Ollama, with a comment that says so, wherever it cannot.
+in a list of its own, by edit distance, and takes `{{ .Prompt }}` where nothing is near: the model then sees bare text,
+and nobody is told. So the template is written out in Ollama's language (Go's text/template) where that can be proved to
+give the same text, and is left to Ollama, with a comment that says so, where it cannot.
 """
 
 from __future__ import annotations
