@@ -103,7 +103,9 @@ def main() -> None:
     trainer.save_model()
     if before is not None:
         after = trainer.evaluate()["eval_loss"]
-        record.add_evaluation("held-out text", {"loss": after}, rows=prepared[1][1].rows_kept, baseline={"loss": before})
+        record.add_evaluation(
+            "held-out text", {"loss": after}, rows=prepared[1][1].rows_kept, baseline={"loss": before}
+        )
         console.print(f"held-out loss: {before:.4f} before, {after:.4f} after")
     if trainer.is_world_process_zero():
         console.print(finish_run(record, args.output_dir).lines(), markup=False, highlight=False)

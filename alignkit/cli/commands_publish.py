@@ -11,7 +11,6 @@ import typer
 
 from alignkit.cli.output import AsJson, console, print_json
 
-
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder that a trainer saved its model to.", show_default=False)
 ]
@@ -30,9 +29,7 @@ BaseModel = Annotated[
     str | None, typer.Option(help="The base's id on the Hub, where the adapter was trained on a local copy.")
 ]
 Message = Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the card and the files that would go up; send nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the card and the files that would go up; send nothing.")]
 
 
 def publish(
