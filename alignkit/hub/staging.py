@@ -46,7 +46,7 @@ _TOKENIZER_FILES = (
 )
 _STORY_FILES = (CARD, RECORD_FILE, "report.html", "*.png", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 # Fields in which transformers and PEFT note where something was loaded from.
-_ORIGINS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "init_lora_weights_path")
+_ORIGINS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,9 @@ def stage(sources: Sequence[Path], folder: Path, *, repo_id: str, base_model: st
     if not keeps_card:
         (folder / CARD).unlink(missing_ok=True)
     if record is not None:
+        if base is not None and base.is_on_hub and record.base.get("hub_id") is None:
+            record.base |= {"hub_id": base.name, "revision": base.revision, "note": "trained on a local copy"}
+            record.save(folder)
         write_card(folder, record, repo_id=repo_id)
     elif not keeps_card:
         write_plain_card(folder / CARD, repo_id=repo_id, base=base)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from peft import PeftConfig, PeftModel, TaskType
 from peft.utils import load_peft_weights
 from torch import Tensor
@@ -25,6 +25,7 @@ from alignkit.models.source import explain
 
 _BY_HASH = "all {} files were fetched back at the commit and have the same SHA-256"
 _TOKENS = 12
+_WEIGHTS = ("*.safetensors", "*.bin")
 _HEAD_WEIGHT = "score.weight"
 # Weights are read twice at most while a model is being loaded.
 _MEMORY_PER_WEIGHT_BYTE = 2.0
@@ -109,8 +110,10 @@ def _compare_adapters(staged: Staged, fetched: Path) -> str | None:
     kind: Any = AutoModelForCausalLM
     if config.task_type == TaskType.SEQ_CLS:
         kind, settings["num_labels"] = AutoModelForSequenceClassification, _outputs(staged.folder)
-    here = staged.base.here or staged.base.name
-    base = _load(lambda: kind.from_pretrained(here, local_files_only=True, dtype="auto", **settings), here)
+    here = _folder_of(staged.base.here or staged.base.name)
+    if here is None:
+        return f"the base {staged.base.name} is not on this machine"
+    base = _load(lambda: kind.from_pretrained(here, dtype="auto", **settings), here)
     if isinstance(base, str):
         return f"the base {staged.base.name} {base}"
     try:
@@ -133,7 +136,7 @@ def _compare_models(staged: Staged, fetched: Path) -> str | None:
     # One after the other, so that two never lie in memory.
     found = []
     for folder in (staged.folder, fetched):
-        model = _load(lambda folder=folder: kind.from_pretrained(str(folder), dtype="auto"), str(folder))
+        model = _load(lambda folder=folder: kind.from_pretrained(folder, dtype="auto"), folder)
         if isinstance(model, str):
             if found:
                 raise PublishError(f"the model that the Hub holds cannot be loaded: it {model}")
@@ -143,10 +146,19 @@ def _compare_models(staged: Staged, fetched: Path) -> str | None:
     return _same(*found)
 
 
-def _load(load: Callable[[], PreTrainedModel], name: str) -> PreTrainedModel | str:
+def _folder_of(name: str) -> Path | None:
+    """Find a model on this machine: its folder, or its snapshot in the Hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, not whole, or no name of the Hub
+        return None
+
+
+def _load(load: Callable[[], PreTrainedModel], folder: Path) -> PreTrainedModel | str:
     """Load a model, or say why it cannot be: the rest of a sentence about it."""
-    folder = Path(name)
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    weights = sum(path.stat().st_size for kind in _WEIGHTS for path in folder.glob(kind))
     if weights * _MEMORY_PER_WEIGHT_BYTE > psutil.virtual_memory().available:
         return f"needs more memory than is free ({weights / 2**30:.1f} GiB of weights)"
     try:

@@ -23,6 +23,7 @@ OWNER_TOKEN = "hf_" + "OwnerToken" * 3 + "1234"
 READ_TOKEN = "hf_" + "ReadOnlyTk" * 3 + "1234"
 OTHER_TOKEN = "hf_" + "OtherToken" * 3 + "1234"
 BASE_ID = "lab/tiny-base"
+RARE_BASE_ID = "lab/rarely-used-base"  # the same, under a name that no other test brings into a client's cache
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,8 @@ def server(base: Path) -> Iterator[HubServer]:
         files = {path.name: path.read_bytes() for path in base.iterdir()}
         blobs = {name: Blob(data, is_lfs=name.endswith(".safetensors")) for name, data in files.items()}
         hub.store.objects.update({blob.sha256: blob.data for blob in blobs.values() if blob.is_lfs})
-        hub.add_repo(BASE_ID).commit("main", None, "the base", "", blobs)
+        for name in (BASE_ID, RARE_BASE_ID):
+            hub.add_repo(name).commit("main", None, "the base", "", blobs)
         yield hub
 
 

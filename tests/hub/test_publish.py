@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.models.demo import DEMO_HUB_ID
-from tests.hub.conftest import BASE_ID, logits_of, snapshot
+from tests.hub.conftest import BASE_ID, RARE_BASE_ID, logits_of, snapshot
 from tests.hub_server import HubServer
 from tests.hub_server.client import Client
 from tests.hub_server.store import Blob
@@ -185,6 +185,19 @@ def test_a_base_is_named_without_its_path(
     assert published["revision"] == revision
     if name != DEMO_HUB_ID:  # which may lie on this machine
         assert "logits were not compared: the base" in found["verified"]
+
+
+def test_logits_are_compared_where_the_base_is_and_nothing_is_downloaded_for_it(
+    client: Client, hub: HubServer, adapter: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": RARE_BASE_ID}))
+    found = client.do("publish", folder=str(adapter), repo_id="me/of-a-rare-base")
+    assert f"logits were not compared: the base {RARE_BASE_ID} is not on this machine" in found["verified"]
+    assert not [request for request in hub.requests if RARE_BASE_ID in request.path]
+    client.do("load", repo_id="me/of-a-rare-base")
+    found = client.do("publish", folder=str(adapter), repo_id="me/of-a-rare-base")
+    assert f"the adapter on {RARE_BASE_ID}, loaded from them, gives the same logits" in found["verified"]
 
 
 def test_a_whole_model_and_a_classifier(client: Client, hub: HubServer, base: Path, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import OTHER_TOKEN, OWNER_TOKEN
+from tests.hub.conftest import BASE_ID, OTHER_TOKEN, OWNER_TOKEN
 from tests.hub_server import HubServer
 from tests.hub_server.client import Client
+from tests.hub_server.worker import IDS
 
 WRITING = ("POST", "PUT", "DELETE")
 
@@ -38,6 +40,31 @@ def test_every_trainer_pushes_its_policy_privately(
     assert b"alignkit" in repo.files()["README.md"]
     assert len(repo.history()) == 2
     assert repo.history()[0].title == "End of training"
+
+
+def test_publishing_a_trainer_whose_base_the_user_names(
+    client: Client, hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    found = client.do(
+        "train",
+        method="dpo",
+        folder=str(tmp_path / "run"),
+        base=str(base),
+        options={"push_to_hub": False},
+        then="publish",
+        repo_id="me/named-base",
+        base_model=BASE_ID,
+    )
+    files = hub.repo("me/named-base").files()
+    assert "gives the same logits" in found["verified"]
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists(), "publishing saved into the output directory"
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == BASE_ID
+    assert json.loads(files["run_record.json"])["base"]["hub_id"] == BASE_ID
+    card = files["README.md"].decode()
+    assert f"base_model: {BASE_ID}" in card
+    assert '"me/named-base"' in card
+    loaded = client.do("load", repo_id="me/named-base")
+    assert len(loaded[0]) == len(IDS[0])
 
 
 def test_no_repository_before_there_is_something_to_push(
