@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from alignkit.hub.publish import publish
     from alignkit.models.bundle import ModelBundle
     from alignkit.models.load import int8, nf4
+    from alignkit.models.memory import memory_report
     from alignkit.models.reward_files import load_reward_model
     from alignkit.trainers.config import DPOConfig
     from alignkit.trainers.dpo import DPOTrainer
@@ -65,6 +66,7 @@ __all__ = [
     "int8",
     "load_preferences",
     "load_reward_model",
+    "memory_report",
     "nf4",
     "prepare_preferences",
     "publish",
@@ -89,6 +91,7 @@ _MODULE_OF = {
     "ModelBundle": "alignkit.models.bundle",
     "int8": "alignkit.models.load",
     "nf4": "alignkit.models.load",
+    "memory_report": "alignkit.models.memory",
     "load_reward_model": "alignkit.models.reward_files",
     "DPOConfig": "alignkit.trainers.config",
     "DPOTrainer": "alignkit.trainers.dpo",

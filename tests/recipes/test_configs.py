@@ -1,11 +1,7 @@
-"""Every YAML file and the notebook are what their programs read."""
+"""Every YAML file is what its program reads."""
 
 from __future__ import annotations
 
-import ast
-import importlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ RECIPES = ROOT / "recipes"
 PPO_CONFIGS = sorted((RECIPES / "configs").glob("ppo-*.yaml"))
 CONFIGS = sorted({*(RECIPES / "configs").glob("*.yaml")} - {*PPO_CONFIGS})  # DPO's
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
-NOTEBOOKS = sorted((RECIPES / "notebooks").glob("*.ipynb"))
 CARDS = ("8gb", "12gb", "16gb", "24gb", "t4")
 MODELS = ("qwen3-4b", "qwen3-8b", "llama-3.1-8b")
 
@@ -127,50 +122,3 @@ def test_sharding_is_of_the_kind_that_the_file_is_named_for() -> None:
     assert loaded["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert loaded["zero2"].deepspeed_config["zero_stage"] == 2
     assert loaded["zero3"].deepspeed_config["zero_stage"] == 3
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_valid(path: Path) -> None:
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    assert isinstance(notebook["metadata"], dict)
-    identifiers = [cell["id"] for cell in notebook["cells"]]
-    assert len(set(identifiers)) == len(identifiers)
-    for cell in notebook["cells"]:
-        required = {"cell_type", "id", "metadata", "source"}
-        required |= {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
-        assert set(cell) == required
-        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
-        assert all(isinstance(line, str) for line in cell["source"])
-        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
-
-
-def code_of(path: Path) -> str:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return "\n".join(line for source in sources for line in source.splitlines() if not line.startswith("%"))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_compile_and_every_name_exists(path: Path) -> None:
-    tree = ast.parse(code_of(path))
-    compile(tree, str(path), "exec")
-    modules: dict[str, Any] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(str(node.module))
-            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-            assert missing == [], f"{node.module} has no {missing}"
-        elif isinstance(node, ast.Import):
-            modules |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id} has no {node.attr}"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_options_exist(path: Path) -> None:
-    calls = [node for node in ast.walk(ast.parse(code_of(path))) if isinstance(node, ast.Call)]
-    (config,) = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "DPOConfig")
-    values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
-    assert DPOConfig(**values).learning_rate == 1e-4  # type: ignore[arg-type]
