@@ -72,16 +72,17 @@ def main() -> None:
     after = summarize_preferences(trainer, held_out)
     trainer.save_model()
 
-    # 4. What came of it.
-    if not trainer.is_world_process_zero():
-        return
-    prompts = [row["prompt_ids"] for row, _ in zip(held_out, range(PROMPTS), strict=False)]
-    answers = compare_answers(trainer, prompts)
-    record_preferences(trainer.record, before, after)
-    record_answers(trainer.record, answers)
-    console.print(before_after_table(before, after), answers_table(answers))
-    console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
-    console.print(how_to_load(args.output_dir), markup=False, highlight=False)
+    # 4. What came of it; with --push_to_hub, report and card go up too.
+    if trainer.is_world_process_zero():
+        prompts = [row["prompt_ids"] for row, _ in zip(held_out, range(PROMPTS), strict=False)]
+        answers = compare_answers(trainer, prompts)
+        record_preferences(trainer.record, before, after)
+        record_answers(trainer.record, answers)
+        console.print(before_after_table(before, after), answers_table(answers))
+        console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
+        console.print(how_to_load(args.output_dir), markup=False, highlight=False)
+    if args.push_to_hub:
+        trainer.push_to_hub("Add what was measured")
 
 
 if __name__ == "__main__":

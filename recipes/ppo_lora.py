@@ -96,14 +96,15 @@ def main() -> None:
     after = summarize_rollouts(trainer, held_out)
     trainer.save_model()
 
-    # 4. What came of it.
-    if not trainer.is_world_process_zero():
-        return
-    answers = rated_side_by_side(before, after, SHOWN)
-    record_rollouts(trainer.record, before, after)
-    console.print(rollouts_table(before, after), answers_table(answers))
-    console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
-    console.print(how_to_load(args.output_dir), markup=False, highlight=False)
+    # 4. What came of it; with --push_to_hub, report and card go up too.
+    if trainer.is_world_process_zero():
+        answers = rated_side_by_side(before, after, SHOWN)
+        record_rollouts(trainer.record, before, after)
+        console.print(rollouts_table(before, after), answers_table(answers))
+        console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
+        console.print(how_to_load(args.output_dir), markup=False, highlight=False)
+    if args.push_to_hub:
+        trainer.push_to_hub("Add what was measured")
 
 
 if __name__ == "__main__":

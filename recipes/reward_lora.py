@@ -72,15 +72,16 @@ def main() -> None:
     after = summarize_rewards(trainer, held_out)
     trainer.save_model()
 
-    # 4. What came of it.
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(args.output_dir)
-    record_preferences(trainer.record, before, after)
-    console.print(before_after_table(before, after))
-    console.print(finish_run(trainer.record, folder).lines(), markup=False, highlight=False)
-    load = f'model, tokenizer = alignkit.load_reward_model("{folder}")  # or see {folder / "README.md"}'
-    console.print(load, markup=False, highlight=False)
+    # 4. What came of it; with --push_to_hub, report and card go up too.
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        record_preferences(trainer.record, before, after)
+        console.print(before_after_table(before, after))
+        console.print(finish_run(trainer.record, folder).lines(), markup=False, highlight=False)
+        load = f'model, tokenizer = alignkit.load_reward_model("{folder}")  # or see {folder / "README.md"}'
+        console.print(load, markup=False, highlight=False)
+    if args.push_to_hub:
+        trainer.push_to_hub("Add what was measured")
 
 
 if __name__ == "__main__":
