@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from alignkit.hub.wording import duration, size
+
 MISSING = "–"
 _LARGEST = 1e30  # beyond, a curve's axis would say nothing, and differences overflow
-_KIBI = 1024
 
 # Metrics that are shares of something, shown in percent: by the last words of their names.
 _SHARES = re.compile(
@@ -73,14 +74,14 @@ def show_number(value: Any) -> str:
     found = number(value)
     if found is None:
         return MISSING
-    size = abs(found)
-    if isinstance(value, int) or size >= 1000:
+    magnitude = abs(found)
+    if isinstance(value, int) or magnitude >= 1000:
         text = f"{found:,.0f}"
-    elif size >= 100:
+    elif magnitude >= 100:
         text = f"{found:.1f}"
-    elif size >= 10:
+    elif magnitude >= 10:
         text = f"{found:.2f}"
-    elif size >= 0.01 or size == 0:
+    elif magnitude >= 0.01 or magnitude == 0:
         text = f"{found:.3f}"
     else:
         text = f"{found:.1e}"
@@ -104,20 +105,12 @@ def show_interval(found: Figure, *, share: bool) -> str:
 
 
 def show_bytes(value: Any) -> str:
-    """Write a number of bytes in GiB or MiB."""
+    """Write a number of bytes as the card does."""
     found = number(value)
-    if found is None or found < 0:
-        return MISSING
-    return f"{found / _KIBI**3:.2f} GiB" if found >= _KIBI**3 else f"{found / _KIBI**2:.0f} MiB"
+    return MISSING if found is None or found < 0 else size(found)
 
 
 def show_seconds(value: Any) -> str:
-    """Write a duration as hours, minutes and seconds."""
+    """Write a duration as the card does."""
     found = number(value)
-    if found is None or found < 0:
-        return MISSING
-    if found < 60:
-        return f"{found:.1f} s"
-    minutes, seconds = divmod(round(found), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return MISSING if found is None or found < 0 else duration(found)

@@ -32,6 +32,19 @@ class BaseName:
     here: str
 
 
+def hub_place(origin: str) -> tuple[str, str | None] | None:
+    """Return the repository of the Hub that `origin` names, and its commit if a snapshot in the cache tells it.
+
+    `None` for a local model: a path, or a folder that exists here under a name that the Hub could have.
+    """
+    snapshot = _SNAPSHOT.search(origin)
+    if snapshot is not None:
+        return f"{snapshot['owner']}/{snapshot['name']}", snapshot["commit"]
+    if origin and _HUB_ID.fullmatch(origin) and not Path(origin).exists():
+        return origin, None
+    return None
+
+
 def name_base(recorded: str, record: RunRecord | None, given: str | None) -> BaseName:
     """Find the public name of a base.
 
@@ -49,11 +62,9 @@ def name_base(recorded: str, record: RunRecord | None, given: str | None) -> Bas
         return BaseName(given, None, True, recorded or given)
     if recorded and is_demo_copy(recorded):
         return BaseName(DEMO_HUB_ID, None, True, recorded)
-    snapshot = _SNAPSHOT.search(recorded)
-    if snapshot is not None:
-        return BaseName(f"{snapshot['owner']}/{snapshot['name']}", snapshot["commit"], True, recorded)
-    if recorded and _HUB_ID.fullmatch(recorded) and not Path(recorded).exists():
-        return BaseName(recorded, None, True, recorded)
+    place = hub_place(recorded)
+    if place is not None:
+        return BaseName(*place, True, recorded)
     known = {} if record is None else record.base
     if known.get("hub_id"):
         return BaseName(str(known["hub_id"]), known.get("revision"), True, recorded)

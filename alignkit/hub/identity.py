@@ -26,13 +26,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from alignkit.data.report import PreparationReport
+from alignkit.hub.bases import hub_place
 from alignkit.models.demo import DEMO_HUB_ID, DEMO_LICENSE, demo_origin, is_demo_copy
 from alignkit.models.heads import SCORE, VALUE
 from alignkit.models.lora import is_quantized
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# A snapshot in the Hub's cache: its repository and commit.
-_SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 _DATA_URL = re.compile(r"hf://datasets/(?P<id>[^@]+)@(?P<revision>[0-9a-f]+)/")
 _SECRET = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 # Options that say where things lie or how they look on the screen, not what was computed.
@@ -76,14 +74,12 @@ def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 def _place(origin: str, base: PreTrainedModel) -> dict[str, Any]:
     if not origin:
         return _local(f"a {type(base).__name__} made in memory", None)
-    snapshot = _SNAPSHOT.search(origin)
-    if snapshot is not None:
-        hub_id = f"{snapshot['owner']}/{snapshot['name']}"
-        return {"name": snapshot["name"], "hub_id": hub_id, "revision": snapshot["commit"], "note": None}
-    if Path(origin).exists() or not _HUB_ID.fullmatch(origin):
+    place = hub_place(origin)
+    if place is None:
         return _local(Path(origin).name, "a local model, which is on no Hub under this name")
-    commit = base.config._commit_hash
-    return {"name": origin.split("/")[-1], "hub_id": origin, "revision": commit, "note": None}
+    hub_id, commit = place
+    revision = commit or base.config._commit_hash
+    return {"name": hub_id.split("/")[-1], "hub_id": hub_id, "revision": revision, "note": None}
 
 
 def _local(name: str, note: str | None) -> dict[str, Any]:
