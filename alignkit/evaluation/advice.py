@@ -92,7 +92,7 @@ def _few_rows(record: RunRecord) -> str | None:
 
 
 def _length_alone(record: RunRecord) -> str | None:
-    for evaluation in record.evaluations:
+    for evaluation in _held_out(record):
         accuracy, shorter = _metric(evaluation, "accuracy"), _metric(evaluation, "shorter")
         if accuracy is None or shorter is None or accuracy.low is None:
             continue
@@ -138,7 +138,7 @@ def _displacement(record: RunRecord) -> str | None:
 
 def _overfit(record: RunRecord) -> str | None:
     training = _either(record, "rewards/accuracies", "accuracy")
-    for evaluation in record.evaluations:
+    for evaluation in _held_out(record):
         held_out = _metric(evaluation, "accuracy")
         if training is None or held_out is None:
             continue
@@ -184,6 +184,8 @@ def _far_away(record: RunRecord) -> str | None:
 
 
 def _cut_off(record: RunRecord) -> str | None:
+    if record.method != "ppo":  # elsewhere the length at which answers are cut teaches nothing
+        return None
     measured = [
         rate.value for each in record.evaluations if (rate := _metric(each, "eos_rate", "finished")) is not None
     ]
@@ -314,6 +316,12 @@ def _diagnoses(record: RunRecord) -> Iterator[Advice]:
     for finding in diagnose(numbers[resting:]):
         if finding.name not in _TOLD_HERE:
             yield Advice(finding.name, f"{finding.evidence}. {finding.explanation} Change {finding.remedy}")
+
+
+def _held_out(record: RunRecord) -> list[dict[str, Any]]:
+    """What the run itself measured on its held-out rows; else whatever was measured later, but on no other run."""
+    own = [each for each in record.evaluations if each["name"] == "held-out preferences"]
+    return own or [each for each in record.evaluations if not mapping(each.get("details")).get("other_run")]
 
 
 def _metric(evaluation: Mapping[str, Any], *names: str) -> Figure | None:
