@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from alignkit.data.reasons import DropReason
 from alignkit.evaluation.figures import Figure, both_sides, figure, mapping, number
 from alignkit.hub.record import RunRecord
+from alignkit.hub.wording import HELD_OUT_PREFERENCES
 from alignkit.trainers.ppo_diagnosis import diagnose
 
 DISPLACEMENT_NATS = 5.0  # the threshold of the trainer's warning, which this module does not import: it loads torch
@@ -320,7 +321,7 @@ def _diagnoses(record: RunRecord) -> Iterator[Advice]:
 
 def _held_out(record: RunRecord) -> list[dict[str, Any]]:
     """What the run itself measured on its held-out rows; else whatever was measured later, but on no other run."""
-    own = [each for each in record.evaluations if each["name"] == "held-out preferences"]
+    own = [each for each in record.evaluations if each["name"] == HELD_OUT_PREFERENCES]
     return own or [each for each in record.evaluations if not mapping(each.get("details")).get("other_run")]
 
 

@@ -13,8 +13,8 @@ from alignkit.evaluation.preference import PreferenceSummary
 from alignkit.evaluation.rollouts import RatedAnswer, RolloutSummary, reward_change
 from alignkit.hub.card import write_card
 from alignkit.hub.record import RunRecord
+from alignkit.hub.wording import HELD_OUT_PREFERENCES
 
-HELD_OUT_PREFERENCES = "held-out preferences"
 HELD_OUT_ANSWERS = "greedy answers to held-out prompts"
 
 

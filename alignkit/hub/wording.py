@@ -25,6 +25,9 @@ _TITLES = {
 }
 
 
+# What a preference recipe measures before and after, on rows that it does not train on.
+HELD_OUT_PREFERENCES = "held-out preferences"
+
 _EVALUATIONS = {
     "preferences": "preferences",
     "answers": "answers of the policy and of its reference",

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from alignkit.hub.record import RunRecord
+from alignkit.hub.wording import HELD_OUT_PREFERENCES
 
 PREPARATION: dict[str, Any] = {
     "rows_in": 1600,
@@ -73,7 +74,7 @@ def dpo_record(**changes: Any) -> RunRecord:
         log=dpo_log(),
     )
     record.add_evaluation(
-        "Held-out preferences",
+        HELD_OUT_PREFERENCES,
         {"accuracy": estimate(0.644, 0.588, 0.696), "margin": estimate(0.391, 0.273, 0.515), "loss": 0.63,
          "shorter": estimate(0.537, 0.48, 0.592)},
         rows=298,

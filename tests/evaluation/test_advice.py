@@ -80,7 +80,7 @@ DPO: dict[str, tuple[Change, str]] = {
         "raise max_length",
     ),
     "truncated answers": (prepared(truncated_completions=500), "raise max_length"),
-    "few held-out rows": (lambda record: record.evaluations[0].update(rows=40), "Held-out preferences (40)"),
+    "few held-out rows": (lambda record: record.evaluations[0].update(rows=40), "held-out preferences (40)"),
 }
 PPO: dict[str, tuple[Change, str]] = {
     "far from the reference": (in_log("objective/kl", lambda share: 25 * share), "25.0 nats"),
