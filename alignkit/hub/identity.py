@@ -251,7 +251,7 @@ def _is_path(text: str) -> bool:
 def describe_command() -> str | None:
     """The command line without the folders of its paths and without values of secret options; `None` in a notebook."""
     program = Path(sys.argv[0] if sys.argv else "")
-    if program.suffix != ".py" or not program.is_file():
+    if program.suffix != ".py" or program.name == "ipykernel_launcher.py" or not program.is_file():
         return None
     return shlex.join(["python", program.name, *_told_arguments(sys.argv[1:])])
 

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # Who owns the repository on GitHub. To be replaced here and in the notebooks' badges when it is known.
 OWNER = "OWNER"
 BADGE = f"https://colab.research.google.com/github/{OWNER}/alignkit/blob/main/recipes/notebooks/"
-ROWS = 8
+ROWS = {"dpo_in_ten_lines": 8, "ppo_with_your_own_reward": 16, "evaluate_and_publish": 8}  # 16 are one rollout
 
 # What is left in the folder, and what the last cells show.
 EXPECTED = {
@@ -89,7 +89,7 @@ def test_a_notebook_runs_whole(path: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("ALIGNKIT_NOTEBOOK_ROWS", str(ROWS))
+    monkeypatch.setenv("ALIGNKIT_NOTEBOOK_ROWS", str(ROWS[path.stem]))
     notebook: Any = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()
@@ -104,5 +104,8 @@ def test_a_notebook_runs_whole(path: Path, tmp_path: Path, monkeypatch: pytest.M
     files, said = EXPECTED[path.stem]
     assert all((tmp_path / file).is_file() for file in files)
     assert said in text
-    assert f"demo on {ROWS} rows" in text
+    record = json.loads((tmp_path / files[1]).read_text(encoding="utf-8"))
+    assert record["command"] is None
+    assert record["evaluations"]
+    assert f"demo on {ROWS[path.stem]} rows" in text
     assert len(re.findall(r"CPU: \d+\.\d\d GiB used", text)) >= 2
