@@ -320,18 +320,40 @@ def test_other_dtypes_are_refused(adapter: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------ a trainer
 
 
-def test_a_trainers_policy_is_merged_as_it_is(base: Path, tmp_path: Path) -> None:
+def new_trainer(base: Path, folder: Path, **options: Any) -> Any:
     from alignkit import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [{"prompt": "one two", "chosen": " three", "rejected": " four"}] * 2
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=str(base),
-        args=DPOConfig(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True, learning_rate=1e-4),
+        args=DPOConfig(output_dir=str(folder), report_to="none", use_cpu=True, learning_rate=1e-4),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **options,
     )
+
+
+def test_a_trainer_on_a_packed_base_is_merged_into_16_bits(tmp_path: Path) -> None:
+    from alignkit import nf4
+
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", hidden_size=64)
+    trainer = new_trainer(base, tmp_path / "run", quantization_config=nf4())
+    shake(trainer.model, 0.1)
+    merged = merge_adapter(trainer, tmp_path / "out")
+    assert "packed as nf4" in merged.notes[0]
+    assert merged.base["quantization"] is None
+    weights = load_file(merged.path / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    # What the adapter does not touch is the base's own, not an unpacked copy's.
+    stored = load_file(base / "model.safetensors")
+    assert torch.equal(weights["model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
+    assert merged.agreement.mean_kl < merged.effect / 100
+
+
+def test_a_trainers_policy_is_merged_as_it_is(base: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(base, tmp_path / "run")
     policy: Any = trainer.model
     assert isinstance(policy, PeftModel)
     shake(policy, 0.1)
