@@ -80,6 +80,9 @@ class GgufFile:
     notes: tuple[str, ...]
 
 
+_CONVERTER_IMPORTS = ("gguf", "sentencepiece")  # the extra `export`
+
+
 def fetch_converter(converter: str | Path | None = None) -> Path:
     """Return the folder of llama.cpp's converter, fetching it first where this machine has not done so yet.
 
@@ -88,8 +91,11 @@ def fetch_converter(converter: str | Path | None = None) -> Path:
 
     Raises:
         ConfigError: `converter` holds none.
-        ModelError: it cannot be fetched.
+        ModelError: a package that it imports is missing, or it cannot be fetched.
     """
+    missing = [name for name in _CONVERTER_IMPORTS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f'Writing GGUF files needs {" and ".join(missing)}: pip install "alignkit[export]"')
     if converter is not None:
         folder = Path(converter).expanduser()
         if not (folder / CONVERTER_SCRIPT).is_file():

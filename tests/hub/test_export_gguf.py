@@ -273,3 +273,11 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         convert_to_gguf(tmp_path, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_text() == "mine"
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else found(name))
+    with pytest.raises(ModelError, match=r'needs sentencepiece: pip install "alignkit\[export\]"'):
+        export(tmp_path / "no adapter here", tmp_path / "out", formats=("gguf",))
+    assert not (tmp_path / "out").exists()
