@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from alignkit.cli.output import AsJson, console, print_json
+from alignkit.hub.wording import base_name, size
+
+if TYPE_CHECKING:
+    from alignkit.hub.export import Exported
 
 
 def export(
@@ -55,6 +61,26 @@ def export(
     table = Table(title="Exported", title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
-    for key, value in exported.as_dict().items():
-        table.add_row(key.replace("_", " "), str(value))
+    for what, value in _facts(exported):
+        table.add_row(what, Text(value))
     console().print(table)
+
+
+def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
+    merged, gguf = exported.merged, exported.gguf
+    for file in exported.files:
+        yield "file", f"{exported.path / file} ({size((exported.path / file).stat().st_size)})"
+    yield "merged into", f"{base_name(merged.base)}, {merged.dtype}"
+    yield (
+        "adapter against merged",
+        f"KL {merged.agreement.mean_kl:.1e} nats per token ({merged.tolerance:.1e} allowed), where the adapter itself "
+        f"makes {merged.effect:.1e}; same first choice for {merged.agreement.same_top:.1%} of tokens",
+    )
+    if gguf is not None:
+        for reader, found in gguf.checks.items():
+            yield (
+                f"GGUF as {reader} reads it",
+                f"{gguf.outtype}: KL {found.mean_kl:.1e} nats per token, same first choice for {found.same_top:.1%}",
+            )
+    for note in (*merged.notes, *(() if gguf is None else gguf.notes)):
+        yield "note", note
