@@ -66,8 +66,10 @@ def figure(metric: Any, digits: int = 3) -> str:
 
 
 def size(count_bytes: float) -> str:
-    """Bytes as GB (10⁹), or as MB below one."""
-    return f"{count_bytes / 1e9:.2f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.0f} MB"
+    """Bytes as GB (10⁹), MB or kB."""
+    if count_bytes >= 1e9:
+        return f"{count_bytes / 1e9:.2f} GB"
+    return f"{count_bytes / 1e6:.0f} MB" if count_bytes >= 1e6 else f"{count_bytes / 1e3:.0f} kB"
 
 
 def duration(seconds: float) -> str:
