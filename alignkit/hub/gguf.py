@@ -312,9 +312,8 @@ def _read_back(
 
 
 def _llama_cpp_logps(file: Path, texts: list[str], rows: list[list[int]]) -> list[torch.Tensor]:
-    from llama_cpp import Llama
-
-    llama = Llama(str(file), n_ctx=max(map(len, rows)) + 8, logits_all=True, n_gpu_layers=0, verbose=False)
+    package: Any = importlib.import_module("llama_cpp")  # optional, for the type checker too
+    llama = package.Llama(str(file), n_ctx=max(map(len, rows)) + 8, logits_all=True, n_gpu_layers=0, verbose=False)
     found = []
     try:
         for text, row in zip(texts, rows, strict=True):

