@@ -46,7 +46,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 def _facts(record: Any) -> Iterator[tuple[str, str]]:
-    from alignkit.hub.wording import base_name, count, duration, size
+    from alignkit.hub.wording import base_name, count, size, training_time
 
     base, usage = record.base, record.usage
     yield "base", base_name(base) + (f" ({base['note']})" if base.get("note") else "")
@@ -58,7 +58,7 @@ def _facts(record: Any) -> Iterator[tuple[str, str]]:
     for name in record.changed:
         yield name, str(record.settings.get(name))
     if usage.get("training_seconds") is not None:
-        yield "training", f"{usage['steps']} steps in {duration(usage['training_seconds'])}"
+        yield "training", training_time(usage)
     if usage.get("peak_memory_bytes"):
         yield "peak memory", size(usage["peak_memory_bytes"])
     yield "finished", record.finished or "no"

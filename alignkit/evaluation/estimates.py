@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from alignkit.errors import DataError
 from alignkit.functional.intervals import wilson_interval, zero_rate_bound
@@ -37,8 +37,9 @@ class McNemar(NamedTuple):
     """Two ways of answering the same questions, compared where they differ.
 
     Attributes:
-        only_first: questions that only the first got right.
-        only_second: questions that only the second got right.
+        only_first: questions on which the first did better: those that only it got right; where answers are ties,
+            those too where one is a tie and the first's is the better.
+        only_second: likewise.
         p_value: chance of a split at least as uneven, were both equally good.
     """
 
@@ -151,16 +152,19 @@ def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Sequence[Hash
 def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     """McNemar's exact test (1947): of the questions that one of two got right, is each as often the one?
 
+    With ties it is the sign test on who did better, of which McNemar's is the case without ties. A tie that counted as
+    wrong would make any model look better than one that has not been trained, all of whose answers are ties.
+
     Args:
-        first, second: `(N,)`, right (true) or wrong, of the same questions.
+        first, second: `(N,)`, right (true or 1), wrong (false or 0) or a tie (0.5), of the same questions.
 
     Raises:
         DataError: rows that do not match.
     """
-    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    one, other = as_floats(first), as_floats(second)
     if one.shape != other.shape or not len(one):
         raise DataError(f"{len(one)} and {len(other)} answers cannot be compared: give both for the same questions")
-    only_first, only_second = int((one & ~other).sum()), int((~one & other).sum())
+    only_first, only_second = int((one > other).sum()), int((one < other).sum())
     decided = only_first + only_second
     p_value = float(stats.binomtest(only_first, decided).pvalue) if decided else 1.0
     return McNemar(only_first, only_second, p_value)
@@ -168,6 +172,9 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
 
 def ranking_interval(high: ArrayLike, low: ArrayLike) -> Estimate:
     """Return P(a value of `high` > a value of `low`), ties as half, with DeLong's 95 % interval (DeLong et al. 1988).
+
+    Where that has no width, because the two are wholly apart, or cannot have one, because there is a single value of a
+    kind, the interval is Newcombe's (2006, part 2, method 5), which has.
 
     Raises:
         ValueError: one of the two is empty.
@@ -177,9 +184,29 @@ def ranking_interval(high: ArrayLike, low: ArrayLike) -> Estimate:
         raise ValueError("ranking needs values of both kinds")
     of_above = _share_below(above, below)
     of_below = 1 - _share_below(below, above)
+    value = float(of_above.mean())
     variance = sum(float(shares.var(ddof=1)) / len(shares) for shares in (of_above, of_below) if len(shares) > 1)
-    value, reach = float(of_above.mean()), float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    if variance < 1e-12 or min(len(above), len(below)) == 1:
+        return Estimate(value, *_newcombe(value, len(above), len(below)))
+    reach = _normal_quantile() * math.sqrt(variance)
     return Estimate(value, max(0.0, value - reach), min(1.0, value + reach))
+
+
+def _newcombe(value: float, above: int, below: int) -> tuple[float, float]:
+    """The shares θ with `(value − θ)² ≤ z² V(θ)`, V after Hanley and McNeil (1982), with both sizes' mean."""
+    mean_size = (above + below) / 2
+
+    def excess(share: float) -> float:
+        spread = 1 + (mean_size - 1) * ((1 - share) / (2 - share) + share / (1 + share))
+        return (value - share) ** 2 - _normal_quantile() ** 2 * share * (1 - share) * spread / (above * below)
+
+    inside = min(max(value, 1e-12), 1 - 1e-12)  # at the very ends, where V is 0, there is a root that says nothing
+    low = 0.0 if value == 0 else float(optimize.brentq(excess, 0.0, inside))
+    return low, 1.0 if value == 1 else float(optimize.brentq(excess, inside, 1.0))
+
+
+def _normal_quantile() -> float:
+    return float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
 def weighted_share_interval(shares: Sequence[Estimate], weights: Sequence[float]) -> Estimate:

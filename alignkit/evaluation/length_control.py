@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from alignkit.errors import DataError
-from alignkit.evaluation.estimates import CONFIDENCE, RESAMPLES, SEED, Estimate, as_floats, cluster_numbers
+from alignkit.evaluation.estimates import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
+    Estimate,
+    accuracy_interval,
+    as_floats,
+    cluster_numbers,
+)
 
 # Prior precision of both coefficients. It moves the win rate by about RIDGE · θ / rows, less than one row's worth, and
 # keeps the fit finite where every answer won.
@@ -25,6 +33,8 @@ class LengthControl(NamedTuple):
 
     Attributes:
         win_rate: `σ(quality)`: the win rate were both answers equally long, with a 95 % bootstrap interval by prompt.
+            Where all preferences are the same, every draw is, and the interval is Wilson's for that many prompts.
+            Where all but a few are, it is too narrow: read the raw win rate's beside it.
         quality: the intercept, in log-odds.
         length: what the judge pays for length, in log-odds.
         scale: s, the standard deviation of the lengths' differences; 0 where all differ alike.
@@ -58,10 +68,11 @@ def length_controlled_win_rate(
         preferences: of the model's answer over the baseline's, `(N,)` in [0, 1].
         length_differences: the model's length minus the baseline's, `(N,)`, in any unit.
         clusters: of each row, its prompt; by default each row is its own.
-        ridge: λ of the penalty `λ (θ² + φ²) / 2` on the summed cross-entropy.
+        ridge: λ of the penalty `λ (θ² + φ²) / 2` on the summed cross-entropy; with 0, one side that always wins, or
+            answers that are all equally long, have no fit.
 
     Raises:
-        DataError: no rows, rows that do not match, or preferences outside [0, 1].
+        DataError: no rows, rows that do not match, preferences outside [0, 1], or nothing that can be fitted.
     """
     wanted, differences = as_floats(preferences), as_floats(length_differences)
     if not len(wanted) or wanted.shape != differences.shape:
@@ -82,6 +93,9 @@ def _interval(covariate: NDArray, wanted: NDArray, members: NDArray[np.int64], r
     count = int(members.max()) + 1
     if count < 2:
         return 0.0, 1.0
+    if wanted.min() == wanted.max():
+        _, low, high = accuracy_interval(float(wanted[0]) * count, count)
+        return low, high
     rng = np.random.default_rng(SEED)
     at_once = max(1, _NUMBERS_AT_ONCE // len(wanted))
     qualities = []
@@ -111,7 +125,10 @@ def _fit(covariate: NDArray, wanted: NDArray, weights: NDArray, ridge: float) ->
         chances = 1 / (1 + np.exp(-np.clip(found @ design.T, -500, 500)))  # (R, N)
         slope = (weights * (wanted - chances)) @ design - ridge * found  # (R, 2)
         curvature = np.einsum("rn,ni,nj->rij", weights * chances * (1 - chances), design, design, optimize=True)
-        step = np.linalg.solve(curvature + ridge * np.eye(2), slope[..., None])[..., 0]
+        try:
+            step = np.linalg.solve(curvature + ridge * np.eye(2), slope[..., None])[..., 0]
+        except np.linalg.LinAlgError as error:
+            raise DataError("without a ridge these preferences have no fit: give ridge=0.1") from error
         size = np.linalg.norm(step, axis=1, keepdims=True)
         found += step * np.minimum(1, _LONGEST_STEP / np.maximum(size, 1e-300))
         if size.max() < _TOLERANCE:

@@ -62,7 +62,8 @@ class PreferenceChange(NamedTuple):
     Attributes:
         rows: pairs that both scored.
         accuracy: the second's accuracy minus the first's, ties as halves, with a paired bootstrap interval.
-        mcnemar: the pairs that only one of them gets right, and how surprising their split is.
+        mcnemar: the pairs on which one of them does better (right beats a tie, a tie beats wrong), and how surprising
+            their split is.
     """
 
     rows: int
@@ -92,7 +93,7 @@ def compare_preferences(
     before, after = (np.array([values[row_id] for row_id in common]) for values in margins)
     members = common if clusters is None else [clusters[row_id] for row_id in common]
     old, new = ((values > 0) + 0.5 * (values == 0) for values in (before, after))
-    return PreferenceChange(len(common), paired_difference_interval(new, old, members), mcnemar(before > 0, after > 0))
+    return PreferenceChange(len(common), paired_difference_interval(new, old, members), mcnemar(old, new))
 
 
 def evaluate_preferences(model: Any, dataset: str | Rows, **options: Any) -> PreferenceSummary:

@@ -150,9 +150,16 @@ def both_orders(
 
 
 def preference_interval(preferences: Any, clusters: Sequence[Hashable]) -> Estimate:
-    """Return the mean preference: Wilson's interval for plain verdicts on one pair a prompt, else a bootstrap."""
+    """Return the mean preference: Wilson's interval for plain verdicts on one pair a prompt, else a bootstrap.
+
+    Where all preferences are the same a bootstrap has no width: the interval is Wilson's for that many prompts.
+    """
     values = as_floats(preferences)
-    one_each = int(cluster_numbers(clusters).max()) + 1 == len(values)
+    count = int(cluster_numbers(clusters).max()) + 1
+    one_each = count == len(values)
+    if count == 1 or values.min() == values.max():
+        _, low, high = accuracy_interval(float(values.mean()) * count, count)
+        return Estimate(float(values.mean()), low, high)
     # Halves of halves come from a tie in one order alone.
     if one_each and bool(np.isin(values, (0.0, 0.25, 0.5, 0.75, 1.0)).all()):
         return accuracy_interval(float(values.sum()), len(values))

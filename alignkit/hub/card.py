@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignkit.errors import DataError
 from alignkit.hub.card_text import base_advice, intended_use, limits, memory_needed, reward_advice, snippet, what_it_is
 from alignkit.hub.metadata import card_metadata, default_name, merged_metadata
 from alignkit.hub.record import RECORD_FILE, RunRecord, write_text
-from alignkit.hub.wording import base_name, count, duration, evaluation_title, figure, metric_title, size
+from alignkit.hub.wording import (
+    base_name,
+    count,
+    evaluated_on,
+    evaluation_title,
+    figure,
+    metric_title,
+    size,
+    training_time,
+)
 
 CARD_FILE = "README.md"
 
@@ -27,7 +37,8 @@ _PICTURES = ("accuracy.png", "margin.png", "reward.png", "kl.png", "frontier.png
 _SAMPLE_CHARACTERS = 1500
 # Written by the libraries beneath us, without a word of a person in it.
 _TEMPLATES = ("# Model Card for Model ID", "[More Information Needed]", "should probably proofread and complete it")
-_SEAL = re.compile(r"\n*<!-- Written by alignkit from run_record\.json \(([0-9a-f]{16})\) -->\s*\Z")
+# Of the text, and of the metadata above it (which older cards lack), so that what a person changes there stays too.
+_SEAL = re.compile(r"\n*<!-- Written by alignkit from run_record\.json \(([0-9a-f]{16})(?: ([0-9a-f]{16}))?\) -->\s*\Z")
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +64,21 @@ def render_card(
     name = default_name(record) if repo_id is None else repo_id.split("/")[-1]
     metadata = card_metadata(record, model_name=name, license=license)
     body = _render(record, title=name, repo_id=repo_id, pictures=pictures)
-    seal = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"---\n{metadata}\n---\n\n{body}\n\n<!-- Written by alignkit from {RECORD_FILE} ({seal}) -->\n"
+    return _sealed(metadata, body)
+
+
+def _sealed(metadata: ModelCardData, body: str) -> str:
+    unsealed = f"---\n{metadata}\n---\n\n{body}\n"
+    seal = f"{_digest(body)} {_metadata_digest(ModelCard(unsealed))}"
+    return f"{unsealed}\n<!-- Written by alignkit from {RECORD_FILE} ({seal}) -->\n"
+
+
+def _metadata_digest(card: ModelCard) -> str:
+    return _digest(json.dumps(card.data.to_dict(), sort_keys=True, default=str))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = None, license: str | None = None) -> str:
@@ -73,14 +97,19 @@ def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = Non
     if not path.is_file():
         return rendered
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark first
         # A card without metadata gets an empty block, for which huggingface_hub would print a warning.
         theirs = ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"'{path}' cannot be read ({error}): mend its metadata, or remove the file.") from error
+    ours = ModelCard(rendered)
     if is_generated(theirs.text):
-        return rendered
-    mended = merged_metadata(theirs.data.to_dict(), ModelCard(rendered).data.to_dict())
+        seal = _SEAL.search(theirs.text)
+        if seal is None or seal[2] is None or _metadata_digest(theirs) == seal[2]:
+            return rendered
+        mended = merged_metadata(theirs.data.to_dict(), ours.data.to_dict(), license=license)
+        return f"---\n{mended}\n---\n{ours.text}"
+    mended = merged_metadata(theirs.data.to_dict(), ours.data.to_dict(), license=license)
     return f"---\n{mended}\n---\n{theirs.text}"
 
 
@@ -105,7 +134,7 @@ def is_generated(body: str) -> bool:
     if seal is None:
         return not body.strip() or any(template in body for template in _TEMPLATES)
     written = body[: seal.start()].lstrip("\n")
-    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()[:16] == seal[1]
+    return _digest(written) == seal[1]
 
 
 def _render(record: RunRecord, *, title: str, repo_id: str | None, pictures: Sequence[str]) -> str:
@@ -140,11 +169,11 @@ def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
     values = [*metrics.values(), *baseline.values()]
     return {
         "name": _inline(evaluation_title(entry["name"])),
-        "rows": entry["rows"],
+        "rows": f"{entry['rows']} rows" + (f" of {_inline(data)}" if (data := evaluated_on(entry)) else ""),
         "has_baseline": bool(baseline),
-        "has_intervals": any(isinstance(value, Mapping) for value in values),
+        "has_intervals": any(isinstance(value, Mapping) and value.get("low") is not None for value in values),
         "table": [
-            {"title": metric_title(name), "before": figure(baseline.get(name)), "after": figure(metric)}
+            {"title": _inline(metric_title(name)), "before": figure(baseline.get(name)), "after": figure(metric)}
             for name, metric in metrics.items()
         ],
     }
@@ -156,16 +185,16 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
     if base.get("revision"):
         rows.append(("revision of the base", f"`{base['revision']}`"))
     packed = f", weights packed as {base['quantization']}" if base.get("quantization") else ""
-    rows.append(("size", f"{count(base['parameters'])} parameters, {base['dtype']}{packed}"))
+    rows.append(("size", f"{count(base['parameters'])} parameters, {base.get('dtype') or 'unknown dtype'}{packed}"))
     if adapter is not None:
-        shape = f", r={adapter['r']}, alpha={adapter['alpha']}" if "r" in adapter else ""
+        shape = f", r={adapter['r']}, alpha={adapter.get('alpha')}" if "r" in adapter else ""
         rows.append(("trained", f"{adapter['kind']}{shape}: {count(adapter['trainable_parameters'])} parameters"))
     else:
         rows.append(("trained", "all parameters"))
     if record.reward:
         rows.append(("reward", ", ".join(map(_inline, record.reward))))
     if usage.get("training_seconds") is not None:
-        rows.append(("training", f"{usage['steps']} optimizer steps in {duration(usage['training_seconds'])}"))
+        rows.append(("training", training_time(usage)))
     if usage.get("peak_memory_bytes"):
         where = "of the device" if machine.get("device") == "cuda" else "of the process"
         rows.append(("peak memory", f"{size(usage['peak_memory_bytes'])} {where}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from alignkit.hub.record import RunRecord
 from alignkit.hub.wording import METHODS, base_name, count, size, value_of
 
@@ -79,7 +81,7 @@ def snippet(record: RunRecord, repo_id: str | None) -> str:
         record: of the run.
         repo_id: on the Hub; `None` for the folder that the card lies in.
     """
-    place = f'model_id = "{repo_id}"' if repo_id else 'model_id = "."  # the folder that holds this card'
+    place = f"model_id = {json.dumps(repo_id)}" if repo_id else 'model_id = "."  # the folder that holds this card'
     is_chat = bool(record.base.get("is_chat"))
     if record.method == "reward":
         return "\n".join([*_reward_loading(record, place), "", _SCORE if is_chat else _SCORE_TEXT])
@@ -100,7 +102,7 @@ def _policy_loading(record: RunRecord, place: str, *, on_hub: bool) -> list[str]
             "",
             place,
             tokenizer,
-            f'base = AutoModelForCausalLM.from_pretrained("{record.base["name"]}", dtype="auto")',
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(record.base["name"])}, dtype="auto")',
             "model = PeftModel.from_pretrained(base, model_id)",
         ]
     load = 'model = AutoPeftModelForCausalLM.from_pretrained(model_id, dtype="auto")'

@@ -6,8 +6,10 @@ options that hold either are left out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -20,21 +22,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from datasets import Dataset
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from alignkit.data.report import PreparationReport
 from alignkit.hub.bases import hub_place
+from alignkit.hub.discretion import is_path, is_secret, last_part, without_secrets
 from alignkit.models.demo import DEMO_HUB_ID, DEMO_LICENSE, demo_origin, is_demo_copy
 from alignkit.models.heads import SCORE, VALUE
 from alignkit.models.lora import is_quantized
 
 _DATA_URL = re.compile(r"hf://datasets/(?P<id>[^@]+)@(?P<revision>[0-9a-f]+)/")
-_SECRET = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 # Options that say where things lie or how they look on the screen, not what was computed.
 _UNTOLD = ("output_dir", "logging_dir", "run_name", "local_rank", "_n_gpu", "disable_tqdm", "reference_cache_dir")
+_SAID_OF_ROWS = ("label", "margin")  # beside their tokens
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "trl")
 
 
@@ -76,7 +80,7 @@ def _place(origin: str, base: PreTrainedModel) -> dict[str, Any]:
         return _local(f"a {type(base).__name__} made in memory", None)
     place = hub_place(origin)
     if place is None:
-        return _local(Path(origin).name, "a local model, which is on no Hub under this name")
+        return _local(last_part(origin), "a local model, which is on no Hub under this name")
     hub_id, commit = place
     revision = commit or base.config._commit_hash
     return {"name": hub_id.split("/")[-1], "hub_id": hub_id, "revision": revision, "note": None}
@@ -96,13 +100,19 @@ def _card_facts(origin: str, place: Mapping[str, Any]) -> dict[str, Any]:
     if not card.is_file():
         return facts
     try:
-        data = ModelCard.load(card).data.to_dict()
-    except (ValueError, OSError):  # somebody else's card, which need not be well formed
+        data = metadata_load(card) or {}
+    except (ValueError, OSError, yaml.YAMLError):  # somebody else's card, which need not be well formed
         return facts
-    language = data.get("language") or []
-    facts["license"] = data.get("license")
-    facts["language"] = [language] if isinstance(language, str) else list(language)
+    licenses = [text for text in _listed(data.get("license")) if isinstance(text, str)]
+    # YAML 1.1 reads Norwegian's code as "no".
+    languages = ["no" if each is False else each for each in _listed(data.get("language"))]
+    facts["license"] = ", ".join(licenses) or None
+    facts["language"] = [each for each in languages if isinstance(each, str)]
     return facts
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -191,11 +201,18 @@ def describe_data(name: str, given: Any, prepared: Any, report: PreparationRepor
 
 
 def rows_digest(prepared: Dataset) -> str:
-    """SHA-256 over the rows' token ids, in order: equal for equal data under the same tokenizer and truncation."""
+    """SHA-256 over the rows' token ids, labels and margins, in order.
+
+    It is equal for equal data under the same tokenizer and truncation.
+    """
     digest = hashlib.sha256()
     columns = sorted(name for name in prepared.column_names if name.endswith("_ids"))
-    for batch in prepared.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+    said = [name for name in _SAID_OF_ROWS if name in prepared.column_names]
+    for batch in prepared.select_columns([*columns, *said]).with_format("arrow").iter(batch_size=1000):
         table = cast(Any, batch)
+        for column in said:
+            numbers = table.column(column).to_numpy().astype("<f8")
+            digest.update(f"{column} {len(numbers)}".encode() + numbers.tobytes())
         for column in columns:
             ids = table.column(column).combine_chunks()
             digest.update(f"{column} {len(ids)}".encode())
@@ -218,8 +235,9 @@ def describe_settings(args: Any) -> tuple[dict[str, Any], list[str]]:
     """
     settings, changed = {}, []
     for each in fields(args):
-        value = _publishable(vars(args).get(each.name))
-        if each.name in _UNTOLD or _SECRET.search(each.name) or value is None:
+        given = vars(args).get(each.name)
+        value = _publishable(given)
+        if each.name in _UNTOLD or is_secret(each.name, given) or value is None:
             continue
         settings[each.name] = value
         default = each.default if each.default_factory is MISSING else each.default_factory()
@@ -233,23 +251,19 @@ def _publishable(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str):
-        return None if _is_path(value) else value
+        return None if is_path(value) else without_secrets(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        kept = {str(key): _publishable(item) for key, item in value.items() if not _SECRET.search(str(key))}
-        return {key: item for key, item in kept.items() if item is not None}
+        kept = {str(key): _publishable(item) for key, item in value.items() if not is_secret(str(key), item)}
+        return {without_secrets(key): item for key, item in kept.items() if item is not None}
     if isinstance(value, Sequence):
         return [item for item in map(_publishable, value) if item is not None]
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-def _is_path(text: str) -> bool:
-    return text.startswith(("/", "~", "./", "../", "\\")) or re.match(r"[A-Za-z]:[\\/]", text) is not None
-
-
 def describe_command() -> str | None:
-    """The command line without the folders of its paths and without values of secret options; `None` in a notebook."""
+    """The command line without the folders of its paths and without secrets; `None` in a notebook."""
     program = Path(sys.argv[0] if sys.argv else "")
     if program.suffix != ".py" or program.name == "ipykernel_launcher.py" or not program.is_file():
         return None
@@ -257,16 +271,25 @@ def describe_command() -> str | None:
 
 
 def _told_arguments(arguments: Sequence[str]) -> Iterator[str]:
-    is_secret = False
+    before = ""
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        if is_secret and not option:
-            value, is_secret = "…", False
-        else:
-            is_secret = bool(option) and _SECRET.search(option) is not None
-            if is_secret and equals:
-                value, is_secret = "…", False
-        yield option + equals + (os.path.basename(value.rstrip("/\\")) if _is_path(value) else value)
+        name = option or before
+        before = "" if equals or not option else option
+        if is_secret(name, value) and (equals or not option):
+            value = "…"
+        yield option + equals + _told(value)
+
+
+def _told(value: str) -> str:
+    """One value of the command line; of a mapping, what can be published of it."""
+    mapping: Any = None
+    if value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            mapping = json.loads(value)
+    if isinstance(mapping, dict):
+        return json.dumps(_publishable(mapping), ensure_ascii=False)
+    return last_part(value) if is_path(value) else without_secrets(value)
 
 
 def versions() -> dict[str, str]:

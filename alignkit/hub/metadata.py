@@ -84,8 +84,10 @@ def _results(record: RunRecord) -> list[EvalResult]:
     held_out = next((each for each in record.data if each["name"].startswith("eval")), {})
     found = []
     for evaluation in record.evaluations:
-        if (evaluation.get("details") or {}).get("other_run"):  # a comparison, and no result of this model
+        details = evaluation.get("details") or {}
+        if details.get("other_run"):  # a comparison, and no result of this model
             continue
+        measured_on = details.get("data") if isinstance(details.get("data"), Mapping) else held_out
         for name, metric in evaluation["metrics"].items():
             value = value_of(metric)
             if value is None or name in _BASELINES:
@@ -93,8 +95,8 @@ def _results(record: RunRecord) -> list[EvalResult]:
             found.append(
                 EvalResult(
                     task_type=task,
-                    dataset_type=held_out.get("hub_id") or "local",
-                    dataset_name=f"{evaluation['name']}, {held_out.get('source') or 'rows of its own'}",
+                    dataset_type=measured_on.get("hub_id") or "local",
+                    dataset_name=f"{evaluation['name']}, {measured_on.get('source') or 'rows of its own'}",
                     dataset_config=evaluation["name"],  # results of one data set are told apart by it
                     metric_type=name,
                     metric_name=metric_title(name),
@@ -161,10 +163,11 @@ def _check_model_index(entry: Any) -> None:
             raise DataError(f"model-index: a result lacks {', '.join(missing)}.")
 
 
-def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> ModelCardData:
+def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, license: str | None = None) -> ModelCardData:
     """Join the metadata of a card that somebody wrote with a run's: theirs stays, save what only the run knows.
 
-    Library, base and measured results are the run's; tags and datasets are joined; everything else of theirs wins.
+    Library, base and measured results are the run's; tags and datasets are joined; a `license` that was asked for is
+    taken; everything else of theirs wins.
 
     Raises:
         DataError: what comes out would not be taken by the Hub.
@@ -179,6 +182,9 @@ def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Model
         kept = [each for each in values if not str(each).startswith("base_model:") or each in _listed(ours.get(name))]
         if kept:
             joined[name] = list(dict.fromkeys(kept))
+    if license is not None:
+        joined["license"] = license
+        joined.pop("license_name", None)
     check_metadata(joined)
     return ModelCardData(**joined)
 

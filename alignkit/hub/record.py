@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from alignkit.errors import DataError, nearest
+from alignkit.hub.record_shape import first_fault
 
 RECORD_FILE = "run_record.json"
 FORMAT = "alignkit-run-record"
@@ -123,7 +125,7 @@ class RunRecord:
         if file.stat().st_size > _MAX_BYTES:
             raise DataError(f"'{file}' is larger than {_MAX_BYTES // 2**20} MiB, which no run record is.")
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = plain(json.loads(file.read_text(encoding="utf-8")))  # NaN, which is no JSON, is nothing here either
         except (ValueError, RecursionError) as error:
             raise DataError(f"'{file}' is not JSON that can be read: {error}") from error
         return cls.from_dict(found, where=str(file))
@@ -151,6 +153,9 @@ class RunRecord:
                 raise DataError(f"{where} lacks the field {name!r}.")
         for name, value in given.items():
             _check_type(name, value, where)
+        fault = first_fault(given)
+        if fault is not None:
+            raise DataError(f"{where}: {fault.place} {fault.what}.")
         return cls(**given)
 
 
@@ -200,8 +205,10 @@ def plain(value: Any) -> Any:
         value = cast(Any, value)._asdict()
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, numbers.Integral):  # NumPy's too
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence):

@@ -80,6 +80,23 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
+def training_time(usage: Mapping[str, Any]) -> str:
+    """Steps and the time that they took; of a resumed run, only the steps since then took it."""
+    steps, before = usage.get("steps") or 0, usage.get("resumed_from_step")
+    took = duration(usage["training_seconds"])
+    if not before:
+        return f"{steps} optimizer steps in {took}"
+    return f"{steps} optimizer steps, resumed after {before}; the last {steps - before} in {took}"
+
+
+def evaluated_on(evaluation: Mapping[str, Any]) -> str | None:
+    """The data of an evaluation in words, where it says which; those of a recipe are the run's own held-out rows."""
+    data = (evaluation.get("details") or {}).get("data")
+    if not isinstance(data, Mapping) or not data.get("source"):
+        return None
+    return f"{data['source']}, split {data['split']}" if data.get("split") else str(data["source"])
+
+
 def count(number: int) -> str:
     """A large number as `134.5M` or `8.03B`."""
     if number >= 1e9:

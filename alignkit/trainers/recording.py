@@ -81,6 +81,16 @@ class FinishRecord(TrainerCallback):
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the step that a resumed run goes on from; what was measured of an earlier training holds no longer."""
+        self.first_step = state.global_step
+        if self.record.finished is not None:
+            self.record.finished = None
+            self.record.evaluations, self.record.samples = [], []
 
     def on_train_end(
         self,
@@ -91,19 +101,23 @@ class FinishRecord(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.record.log = [dict(entry) for entry in state.log_history]
-        self.record.usage = describe_usage(state, args)
+        self.record.usage = describe_usage(state, args, self.first_step)
         self.record.finished = now()
         if state.is_world_process_zero:
             self.record.save(str(args.output_dir))
 
 
-def describe_usage(state: TrainerState, args: TrainingArguments) -> dict[str, Any]:
-    """Steps, epochs, seconds of training, peak memory in bytes, and the median of each speed over the log."""
+def describe_usage(state: TrainerState, args: TrainingArguments, first_step: int = 0) -> dict[str, Any]:
+    """Steps, epochs, seconds of training, peak memory in bytes, and the median of each speed over the log.
+
+    Of a run that was resumed after `first_step`, seconds and memory are those since then, which it says.
+    """
     log = state.log_history
     seconds = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
     speeds = {name: [entry[name] for entry in log if name in entry] for name in _SPEEDS}
     return {
         "steps": state.global_step,
+        "resumed_from_step": first_step or None,
         "epochs": state.epoch,
         "training_seconds": seconds[-1] if seconds else None,
         "peak_memory_bytes": peak_memory_bytes(args.device),

@@ -23,6 +23,7 @@ from alignkit.evaluation.estimates import (
     mean_interval,
     paired_difference_interval,
     plain_estimate,
+    ranking_interval,
     rate_interval,
     ratio_interval,
     single_value,
@@ -103,6 +104,30 @@ def test_mcnemar_agrees_with_statsmodels(only_first: int, only_second: int) -> N
 
 def test_mcnemar_of_equals_is_no_surprise() -> None:
     assert mcnemar([True, False], [True, False]) == (0, 0, 1.0)
+
+
+def test_ties_do_not_make_a_coin_look_better_than_an_untrained_model() -> None:
+    ties, coin = [0.5] * 20, [1.0, 0.0] * 10
+    assert mcnemar(ties, coin) == (10, 10, 1.0)
+    assert mcnemar([0.5] * 8, [1.0] * 8) == (0, 8, pytest.approx(2 * 0.5**8))
+
+
+@pytest.mark.parametrize(("high", "low", "least"), [([1.0], [0.0], 0.1), ([1, 2, 3], [0, -1, -2], 0.4)])
+def test_a_ranking_without_overlap_has_an_interval(high: list[float], low: list[float], least: float) -> None:
+    found = ranking_interval(high, low)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert least < found.low < 0.6
+    assert ranking_interval(low, high) == pytest.approx((0.0, 0.0, 1 - found.low))
+
+
+def test_the_interval_of_a_ranking_without_overlap_narrows_with_rows() -> None:
+    assert ranking_interval(np.arange(100) + 1000, np.arange(100)).low == pytest.approx(0.98, abs=0.005)
+
+
+def test_the_interval_of_rankings_that_hardly_overlap_covers() -> None:
+    truth, rng = float(stats.norm.cdf(3 / math.sqrt(2))), np.random.default_rng(4)
+    found = [ranking_interval(rng.normal(3, 1, 10), rng.normal(0, 1, 10)) for _ in range(200)]
+    assert sum(each.low <= truth <= each.high for each in found) >= 186
 
 
 def test_one_share_keeps_its_interval_and_equal_ones_narrow_it() -> None:

@@ -71,6 +71,18 @@ def test_a_judge_who_always_prefers_one_side_has_a_finite_fit(preference: float)
     assert math.isfinite(found.length)
 
 
+@pytest.mark.parametrize("preference", [1.0, 0.5, 0.0])
+def test_a_judge_of_one_mind_leaves_room_for_doubt(preference: float) -> None:
+    found = length_controlled_win_rate([preference] * 20, np.arange(20)).win_rate
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low > 0.15
+
+
+def test_what_has_no_fit_without_a_ridge_is_told() -> None:
+    with pytest.raises(DataError, match="give ridge"):
+        length_controlled_win_rate([1.0, 0.0], [0.0, 0.0], ridge=0.0)
+
+
 def test_length_that_separates_wins_from_losses_has_a_finite_fit() -> None:
     lengths = np.linspace(-3, 3, 40)
     found = length_controlled_win_rate((lengths > 0).astype(float), lengths)

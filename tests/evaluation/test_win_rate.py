@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.errors import DataError, ModelError, TrainingError
 from alignkit.evaluation.estimates import accuracy_interval
-from alignkit.evaluation.win_rate import win_rate
+from alignkit.evaluation.win_rate import preference_interval, win_rate
 
 Texts = Sequence[str]
 
@@ -95,3 +95,9 @@ def test_what_cannot_be_judged_is_said() -> None:
         win_rate(["p"], ["?"], ["b"], better_word)
     with pytest.raises(ModelError, match="verdict"):
         win_rate(["p"], ["a"], ["b"], lambda prompts, first, second: [float("nan")])
+
+
+def test_prompts_that_all_agree_leave_room_for_doubt() -> None:
+    found = preference_interval([1.0] * 20, [number // 2 for number in range(20)])
+    assert found == accuracy_interval(10, 10)
+    assert preference_interval([0.3, 0.5], ["same", "same"]).low == 0.0

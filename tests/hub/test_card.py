@@ -149,6 +149,72 @@ def test_pefts_card_is_replaced_and_a_persons_card_stays(tmp_path: Path) -> None
     assert found["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
 
 
+def test_metadata_that_a_person_changed_stays_while_the_text_is_written_anew(tmp_path: Path) -> None:
+    path = write_card(tmp_path, make_record())
+    edited = path.read_text(encoding="utf-8").replace("license: apache-2.0", "license: mit\nthumbnail: x.png")
+    path.write_text(edited, encoding="utf-8")
+    record = make_record()
+    record.add_evaluation("held-out preferences", {"accuracy": interval(0.7)}, rows=298)
+    for _ in range(2):
+        text = write_card(tmp_path, record).read_text(encoding="utf-8")
+        found = metadata_of(text)
+        assert (found["license"], found["thumbnail"]) == ("mit", "x.png")
+        assert found["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
+        assert "0.700 [0.650, 0.750]" in text
+    assert metadata_of(card_for(tmp_path, record, license="cc0-1.0"))["license"] == "cc0-1.0"
+
+
+def test_metadata_that_nobody_changed_follows_the_record(tmp_path: Path) -> None:
+    write_card(tmp_path, make_record())
+    other = {**make_record().base, "license": "mit", "language": ["de"]}
+    found = metadata_of(card_for(tmp_path, make_record(base=other)))
+    assert (found["license"], found["language"]) == ("mit", ["de"])
+
+
+def test_a_card_with_a_byte_order_mark_keeps_its_metadata(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\ufeff---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
+    text = card_for(tmp_path, make_record())
+    assert metadata_of(text)["license"] == "mit"
+    assert text.count("license") == 1
+
+
+def test_metadata_of_wrong_types_is_told(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntags: 3\n---\n# Mine\n", encoding="utf-8")
+    with pytest.raises(DataError, match="mend its metadata"):
+        card_for(tmp_path, make_record())
+
+
+def test_a_name_with_quotes_stays_inside_the_code() -> None:
+    base = {**make_record().base, "name": 'a"); import os #', "hub_id": None, "revision": None}
+    (code,) = re.findall(r"```python\n(.*?)```", render_card(make_record(base=base), repo_id="me/x"), flags=re.DOTALL)
+    compile(code, "card", "exec")
+    assert "import os" not in [line.strip() for line in code.split(";")]
+    assert r'from_pretrained("a\"); import os #"' in code
+
+
+def test_what_an_evaluation_was_made_on_is_said() -> None:
+    record = make_record(evaluations=[])
+    data = {"source": "other/set", "hub_id": "other/set", "split": "test[:9]"}
+    record.add_evaluation("preferences", {"subset/a|b\n# c": 1.0}, rows=9, details={"data": data})
+    text = render_card(record)
+    assert "9 rows of other/set, split test[:9].\n" in text
+    assert "| subset/a\\|b # c | 1.000 |" in text
+    (result,) = metadata_of(text)["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "other/set"
+    assert "other/set" in result["dataset"]["name"]
+
+
+def test_values_without_an_interval_promise_none() -> None:
+    record = make_record(evaluations=[])
+    record.add_evaluation("perplexity", {"perplexity": {"value": 3.0, "low": None, "high": None}}, rows=1)
+    assert "in brackets" not in render_card(record)
+
+
+def test_a_resumed_run_does_not_claim_the_time_of_all_its_steps() -> None:
+    usage = {"steps": 1010, "resumed_from_step": 1000, "training_seconds": 10.0}
+    assert "1010 optimizer steps, resumed after 1000; the last 10 in 10 s" in render_card(make_record(usage=usage))
+
+
 def test_a_persons_metadata_with_a_path_is_mended(tmp_path: Path) -> None:
     own = PEFT_CARD.replace("# Model Card for Model ID\n\n[More Information Needed]", "# Mine\n\nMy words.")
     (tmp_path / "README.md").write_text(own, encoding="utf-8")

@@ -14,6 +14,7 @@ from datasets import Dataset
 from alignkit.data.prepare import prepare_preferences
 from alignkit.data.reasons import DropReason
 from alignkit.data.sources import load_preferences
+from alignkit.hub.card import render_card
 from alignkit.hub.identity import (
     describe_adapter,
     describe_base,
@@ -25,6 +26,7 @@ from alignkit.hub.identity import (
 from alignkit.models.adapters import add_adapter
 from alignkit.models.heads import add_value_head
 from alignkit.trainers.config import DPOConfig
+from tests.hub.record_factory import make_record
 from tests.model_factory import tiny_model
 from tests.models.conftest import character_tokenizer
 from tests.pair_factory import lora_config
@@ -69,6 +71,34 @@ def test_a_local_folder_that_looks_like_an_id_is_local(tmp_path: Path, monkeypat
     found = describe("owner/name")
     assert found["hub_id"] is None
     assert (found["license"], found["language"]) == ("mit", ["de"])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [(".", "here"), ("C:\\Users\\someone\\mine", "mine"), ("file:///home/someone/mine", "mine")]
+)
+def test_a_local_base_has_a_name(name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert describe(name)["name"] == told
+
+
+@pytest.mark.parametrize(
+    ("card", "license", "language"),
+    [
+        ("---\nlicense: [mit, apache-2.0]\nlanguage: en\n---\n", "mit, apache-2.0", ["en"]),
+        ("---\nlicense: mit\nlanguage: [no, sv]\n---\n", "mit", ["no", "sv"]),
+        ("---\nlicense: mit\nlanguage: 5\ntags: 3\n---\n", "mit", []),
+        ("---\nlanguage: 2020-01-01\nlicense: {a: b}\n---\n", None, []),
+        ("---\nlicense: [\n---\n", None, []),
+        ("---\n- mit\n---\n", None, []),
+        ("no metadata", None, []),
+    ],
+)
+def test_whatever_the_card_of_a_base_holds(card: str, license: str | None, language: list[str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    found = describe(str(tmp_path))
+    assert (found["license"], found["language"]) == (license, language)
+    render_card(make_record(base=found | {"is_chat": True}))
 
 
 def test_the_demo_is_what_it_was_converted_from() -> None:
@@ -122,6 +152,14 @@ def test_the_digest_is_of_the_selected_rows_and_no_other_column() -> None:
     assert rows_digest(prepared.select([0, 1]).add_column("ref_chosen_logps", [1.0, 2.0])) == digest_of(ROWS)
 
 
+def test_the_digest_knows_labels_and_margins() -> None:
+    prepared, _ = prepare_preferences(Dataset.from_list(ROWS), TOKENIZER, max_length=64)
+    assert isinstance(prepared, Dataset)
+    others = [prepared.add_column("label", labels) for labels in ([True, False], [False, True])]
+    others += [prepared.add_column("margin", [0.5, margin]) for margin in (1.0, 2.0)]
+    assert len({rows_digest(each) for each in (prepared, *others)}) == 5
+
+
 def test_data_is_told_without_the_text_of_rows() -> None:
     given = Dataset.from_list(ROWS)
     prepared, report = prepare_preferences(given, TOKENIZER, max_length=64)
@@ -171,6 +209,18 @@ def test_settings_have_no_secrets_and_no_paths(tmp_path: Path) -> None:
     assert "learning_rate" not in changed
 
 
+def test_numbers_of_tokens_are_no_secrets(tmp_path: Path) -> None:
+    settings, changed = describe_settings(DPOConfig(str(tmp_path), max_tokens_per_forward=2048))
+    assert settings["max_tokens_per_forward"] == 2048
+    assert "max_tokens_per_forward" in changed
+
+
+def test_secrets_and_folders_inside_a_value_are_not_told() -> None:
+    thing = {"note": f"key {CANARY}", "args": "--out=/home/someone/x", f"{CANARY}": 1, "password": "hunter2"}
+    settings, _ = describe_settings(Options(thing=thing))
+    assert settings["thing"] == {"note": "key …", "args": "--out=x", "…": 1}
+
+
 @dataclass
 class Options:
     plain: int = 1
@@ -194,6 +244,18 @@ def test_values_that_json_lacks_are_named_or_left_out() -> None:
         (["--hub_token", CANARY, "--beta", "1"], "python run.py --hub_token … --beta 1"),
         ([f"--hub_token={CANARY}"], "python run.py --hub_token=…"),
         (["a b"], "python run.py 'a b'"),
+        (
+            ["--max_tokens_per_forward", "2048", "--pad_token=x"],
+            "python run.py --max_tokens_per_forward 2048 --pad_token=x",
+        ),
+        (["--dataset_name", "file:///home/someone/a.jsonl"], "python run.py --dataset_name a.jsonl"),
+        (["--data_files=train=/home/someone/a.json"], "python run.py --data_files=train=a.json"),
+        (["--model_name_or_path", CANARY], "python run.py --model_name_or_path …"),
+        (["--judge", "gpt@https://host/v1"], "python run.py --judge gpt@https://host/v1"),
+        (
+            ["--model_init_kwargs", f'{{"token": "{CANARY}", "revision": "v1", "cache_dir": "/home/someone"}}'],
+            """python run.py --model_init_kwargs '{"revision": "v1"}'""",
+        ),
     ],
 )
 def test_the_command_line(arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

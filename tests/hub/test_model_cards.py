@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from alignkit.data.sources import load_preferences
-from alignkit.hub.card import card_for
+from alignkit.hub.card import card_for, is_generated
 from alignkit.hub.metadata import check_metadata
 from alignkit.hub.record import RunRecord
 from alignkit.models.adapters import peft_warnings
@@ -36,6 +36,7 @@ def test_there_is_a_card_of_each_method() -> None:
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
 def test_a_card_says_what_its_record_says(folder: Path) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
+    assert is_generated(ModelCard(text).text)  # else it would be a person's, and kept whatever the record says
     assert card_for(folder, RunRecord.load(folder)) == text
     check_metadata(ModelCard(text).data.to_dict())
     assert "/tmp" not in text

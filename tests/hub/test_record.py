@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignkit.errors import DataError
 from alignkit.evaluation.preference import Estimate
+from alignkit.hub.card import render_card
 from alignkit.hub.record import RECORD_FILE, RunRecord, plain
 from tests.hub.record_factory import make_record
 
@@ -73,6 +76,18 @@ VALID = make_record().as_dict()
         (json.dumps({**VALID, "log": {}}), "the field 'log' is a dict, which it cannot be"),
         (json.dumps({**VALID, "log": [3]}), "an entry of 'log' is no mapping"),
         (json.dumps({**VALID, "samples": [{"prompt": "x"}]}), "an entry of 'samples' is no mapping with prompt, after"),
+        (json.dumps({**VALID, "base": {}}), "base lacks 'name'"),
+        (json.dumps({**VALID, "base": {**VALID["base"], "parameters": 10**400}}), r"base\.parameters must be a number"),
+        (json.dumps({**VALID, "changed": [[]]}), "changed must be a list of texts"),
+        (json.dumps({**VALID, "data": [{"name": 3}]}), r"data\[0\]\.name must be a text"),
+        (
+            json.dumps({**VALID, "usage": {"training_seconds": "x"}}),
+            r"usage\.training_seconds must be a number or null",
+        ),
+        (
+            json.dumps({**VALID, "evaluations": [{"name": "x", "rows": 1, "metrics": {"a": {"value": "b"}}}]}),
+            r"evaluations\[0\]\.metrics must be a mapping of numbers",
+        ),
         (json.dumps({**VALID, "evaluations": [{"name": "x"}]}), "an entry of 'evaluations' is no mapping with name"),
     ],
 )
@@ -88,3 +103,20 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
 )
 def test_plain_values(value: Any, expected: Any) -> None:
     assert plain(value) == expected
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert plain({"a": np.float32(0.5), "b": np.int64(3), "c": np.float32("nan")}) == {"a": 0.5, "b": 3, "c": None}
+    assert type(plain(np.int64(3))) is int
+
+
+PLACES = [(name, key) for name in ("base", "adapter", "usage", "hardware") for key in [None, *VALID[name]]]
+
+
+@pytest.mark.parametrize("odd", [None, [], {}, [1], 10**400, "NaN", True], ids=repr)
+@pytest.mark.parametrize(("name", "key"), PLACES)
+def test_what_is_read_can_be_shown(name: str, key: str | None, odd: Any) -> None:
+    """Whatever stands in a record, it is refused by name, or the card can be written."""
+    values = {**VALID, name: odd} if key is None else {**VALID, name: {**VALID[name], key: odd}}
+    with contextlib.suppress(DataError):
+        assert render_card(RunRecord.from_dict(values)).startswith("---")
