@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ConfigError, PublishError
-from alignkit.hub.secrets import Scanner, refuse_secrets
+from alignkit.hub.secrets import Scanner, config_paths, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
 from alignkit.hub.upload import Target, upload
@@ -140,7 +140,8 @@ def pack(
     if staged.base is not None and Path(staged.base.here).is_dir():
         paths.append(Path(staged.base.here))
     scanner = Scanner.of_this_machine(token=token, paths=paths)
-    refuse_secrets(scanner.scan({name: staged.folder / name for name in staged.files}))
+    files = {name: staged.folder / name for name in staged.files}
+    refuse_secrets((*scanner.scan(files), *config_paths(files)))
     return staged
 
 
