@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +19,7 @@ from transformers import Trainer
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ConfigError, PublishError
-from alignkit.hub.secrets import Scanner, refuse_secrets
+from alignkit.hub.secrets import Scanner, config_paths, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
 from alignkit.hub.upload import Target, upload
@@ -88,11 +91,15 @@ def publish(
     """
     target = make_target(repo_id, private=private, branch=branch, create_pr=create_pr, commit_message=commit_message)
     configured = trainer_or_dir.args.hub_token if isinstance(trainer_or_dir, Trainer) else None
+    secrets = {"hub_token": configured} if configured else {}
     with tempfile.TemporaryDirectory(prefix="alignkit-publish-") as scratch:
-        sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
+        with _peft_asks_no_hub() if dry_run else contextlib.nullcontext():
+            sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
 
         def go() -> Published:
-            staged = pack(sources, Path(scratch) / "staged", repo_id, token=token or configured, base_model=base_model)
+            staged = pack(
+                sources, Path(scratch) / "staged", repo_id, token=token, secrets=secrets, base_model=base_model
+            )
             if dry_run:
                 _show(staged, repo_id)
                 nothing = "nothing: this was a dry run"
@@ -123,9 +130,21 @@ def make_target(
 
 
 def pack(
-    sources: Sequence[Path], folder: Path, repo_id: str, *, token: str | None, base_model: str | None = None
+    sources: Sequence[Path],
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None,
+    secrets: Mapping[str, str],
+    base_model: str | None = None,
 ) -> Staged:
     """Copy what may go up from `sources` into `folder`, which must not exist, and search it for secrets.
+
+    Args:
+        sources, repo_id, base_model: see `stage`.
+        folder: where to.
+        token: the Hub's, if it is not this machine's.
+        secrets: more values that must not go up, by name.
 
     Raises:
         SecretFound, ConfigError, ModelError, DataError: it is not fit to be published.
@@ -139,8 +158,9 @@ def pack(
     paths = [folder.parent, *sources]
     if staged.base is not None and Path(staged.base.here).is_dir():
         paths.append(Path(staged.base.here))
-    scanner = Scanner.of_this_machine(token=token, paths=paths)
-    refuse_secrets(scanner.scan({name: staged.folder / name for name in staged.files}))
+    scanner = Scanner.of_this_machine(token=token, secrets=secrets, paths=paths)
+    files = {name: staged.folder / name for name in staged.files}
+    refuse_secrets((*scanner.scan(files), *config_paths(files)))
     return staged
 
 
@@ -187,6 +207,25 @@ def _sources(source: Trainer | str | Path, saved: Path, repo_id: str) -> list[Pa
     except OSError as error:
         raise PublishError(f"saving the model failed: {diagnose(error, repo_id).text}") from error
     return [saved, Path(str(source.args.output_dir))]
+
+
+@contextlib.contextmanager
+def _peft_asks_no_hub() -> Iterator[None]:
+    """Keep PEFT from asking the Hub, when it saves an adapter, for the vocabulary that its base began with.
+
+    What that decides is whether embeddings go into the adapter whose vocabulary was resized; PEFT says so itself.
+    """
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT reads this each time
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
 
 
 def check_repo_id(repo_id: str) -> None:

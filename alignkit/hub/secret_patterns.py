@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import getpass
+import html
 import json
 import os
 import re
@@ -28,9 +29,11 @@ _SHORTEST_PLAIN_VALUE = 16
 
 _SECRET_WORDS = frozenset(
     {"TOKEN", "TOKENS", "KEY", "KEYS", "APIKEY", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS"}
-    | {"CREDENTIAL", "CREDENTIALS", "AUTH", "PAT", "JWT", "COOKIE", "WEBHOOK", "DSN"}
+    | {"CREDENTIAL", "CREDENTIALS", "AUTH", "PAT", "JWT", "COOKIE", "WEBHOOK", "DSN", "PWD", "SSHPASS"}
 )
-_HARMLESS_NAMES = frozenset({"SSH_AUTH_SOCK", "GPG_TTY", "PASS_DIR"})
+# Written as one word too: PGPASSWORD, APITOKEN.
+_SECRET_ENDINGS = ("TOKEN", "PASSWORD", "PASSWD", "SECRET", "APIKEY", "SECRETKEY", "ACCESSKEY")
+_HARMLESS_NAMES = frozenset({"SSH_AUTH_SOCK", "GPG_TTY", "PASS_DIR", "PWD", "OLDPWD"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,9 @@ class Shape:
     folded: bool = False
 
 
-_BEFORE, _AFTER = rb"(?<![A-Za-z0-9_])", rb"(?![A-Za-z0-9])"
+# In a JSON string or an address, the letters before a token may be the end of an escape: "\nhf_...", "%3Dhf_...".
+_BEFORE = rb"(?:(?<![A-Za-z0-9_])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\x[0-9A-Fa-f]{2})|(?<=%[0-9A-Fa-f]{2}))"
+_AFTER = rb"(?![A-Za-z0-9])"
 _QUOTES = rb"[\"'\\]{0,3}"
 _IS = _QUOTES + rb"\s{0,8}[:=]\s{0,8}" + _QUOTES
 
@@ -59,6 +64,7 @@ def _token(kind: str, pattern: bytes, *hints: bytes) -> Shape:
 
 SHAPES: tuple[Shape, ...] = (
     _token("Hugging Face token", rb"(?:hf|api_org)_[A-Za-z0-9]{30,64}" + _AFTER, b"hf_", b"api_org_"),
+    _token("Hugging Face token", rb"hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{20,4000}", b"hf_oauth_", b"hf_jwt_"),
     _token("OpenAI or Anthropic key", rb"sk-(?:[a-z0-9]{2,12}-){0,3}[A-Za-z0-9_-]{20,256}", b"sk-"),
     _token("GitHub token", rb"gh[pousr]_[A-Za-z0-9]{36,255}" + _AFTER, b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),
     _token("GitHub token", rb"github_pat_[A-Za-z0-9_]{22,255}", b"github_pat_"),
@@ -70,6 +76,11 @@ SHAPES: tuple[Shape, ...] = (
         "Stripe key", rb"[rs]k_(?:live|test)_[A-Za-z0-9]{16,247}", b"sk_live_", b"sk_test_", b"rk_live_", b"rk_test_"
     ),
     _token("package index token", rb"pypi-AgE[A-Za-z0-9_-]{50,1000}", b"pypi-AgE"),
+    _token(
+        "key of an inference service",
+        rb"(?:gsk_|xai-|r8_|nvapi-)[A-Za-z0-9_-]{32,256}",
+        *(b"gsk_", b"xai-", b"r8_", b"nvapi-"),
+    ),
     _token("npm token", rb"npm_[A-Za-z0-9]{36}" + _AFTER, b"npm_"),
     Shape(
         "private key", re.compile(rb"-----BEGIN (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY(?: BLOCK)?-----"), (b"-----BEGIN ",)
@@ -90,7 +101,8 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "secret in an assignment",
         re.compile(
-            rb"(?i:api[_-]?key|api[_-]?token|access[_-]?token|auth[_-]?token|hub[_-]?token|secret[_-]?key|client[_-]?secret"
+            rb"(?i:api[_-]?key|api[_-]?token|access[_-]?token|auth[_-]?token|hub[_-]?token"
+            rb"|secret[_-]?(?:access[_-]?)?key|account[_-]?key|client[_-]?secret"
             rb"|private[_-]?key|passw(?:or)?d|bearer)(?:"
             + _IS
             + rb"|[\"']?\s{1,4})"
@@ -125,30 +137,33 @@ def is_distinctive(value: str) -> bool:
 
 
 def looks_secret(name: str) -> bool:
-    """Whether an environment variable's name says that its value is secret: a whole word of it, as in `MY_API_KEY`."""
+    """Whether an environment variable's name says that its value is secret: a word of it, as in `MY_API_KEY`."""
     words = re.split(r"[^A-Z]+", name.upper())
-    return name.upper() not in _HARMLESS_NAMES and any(word in _SECRET_WORDS for word in words)
+    return name.upper() not in _HARMLESS_NAMES and any(
+        word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS) for word in words
+    )
 
 
 def secret_needles(values: Mapping[str, str]) -> list[Needle]:
     """Return what to look for, for secrets by the name that a finding may give them.
 
-    Each is looked for as it is, escaped for JSON or an address, in UTF-16, and in Base64.
+    Each is looked for as it is, escaped for JSON, HTML or an address, in UTF-16, and in Base64. White space around it,
+    such as the line break of a file that it was read from, does not count.
     """
     return [
         Needle("secret value", name, _spellings(value) + _base64_spellings(value))
-        for name, value in values.items()
+        for name, value in ((name, value.strip()) for name, value in values.items())
         if is_distinctive(value)
     ]
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the variables of the environment whose names say that they are secret, but those that hold a path."""
+    """Return the variables of the environment whose names say that they are secret, but those that name a file here."""
     environment = os.environ if environment is None else environment
     return {
         f"${name}": value
         for name, value in environment.items()
-        if looks_secret(name) and not value.startswith(("/", "~", "./"))
+        if looks_secret(name) and not os.path.exists(os.path.expanduser(value.strip()))
     }
 
 
@@ -181,8 +196,13 @@ def machine_paths(*more: str | Path | None) -> list[Needle]:
 
 
 def _spellings(value: str) -> tuple[bytes, ...]:
-    escaped = json.dumps(value)[1:-1]
-    texts = (value, escaped, value.replace("/", "\\/"), quote(value), quote(value, safe=""))
+    escaped, in_html = json.dumps(value)[1:-1], html.escape(value)
+    texts = [value, escaped, json.dumps(value, ensure_ascii=False)[1:-1], value.replace("/", "\\/")]
+    for address in (quote(value), quote(value, safe="")):
+        texts += [address, re.sub("%..", lambda found: found[0].lower(), address)]
+    # As `html` and as Jinja write it, and as Jinja writes JSON in a page.
+    texts += [in_html, html.escape(value, quote=False), in_html.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")]
+    texts.append(re.sub("[&<>']", lambda found: f"\\u{ord(found[0]):04x}", escaped))
     spelled = [text.encode() for text in texts] + [value.encode("utf-16-le"), value.encode("utf-16-be")]
     return tuple(dict.fromkeys(spelled))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import bisect
 import gzip
 import io
+import json
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from alignkit.hub.secret_patterns import (
 CHUNK_BYTES = 1 << 20
 _MAX_FINDINGS_PER_FILE = 20
 _MAX_ARCHIVE_DEPTH = 3
+_PNG = b"\x89PNG\r\n\x1a\n"
 _HUB_TOKEN = "the Hub's token in use"
 _WINDOW = 1024  # bytes behind a hint in which its match begins and ends, where it may begin before the hint
 _SHORTEST_TEXT = 6  # bytes: shorter than any match of a shape or a needle
@@ -222,7 +225,7 @@ def _needle_pattern(needle: Needle) -> re.Pattern[bytes]:
 
 
 def _members(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield what is packed in a zip, tar or gzip file; nothing for any other file, or where the archive is broken."""
+    """Yield what is packed in a zip, tar or gzip file, or in the texts of a PNG; nothing of a broken file."""
     head = stream.read(264)
     stream.seek(0)
     try:
@@ -239,8 +242,62 @@ def _members(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
                 for entry in archive:
                     if entry.isfile() and (unpacked := archive.extractfile(entry)) is not None:
                         yield entry.name, io.BytesIO(unpacked.read())
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError):
+        elif head.startswith(_PNG):
+            yield from _png_texts(stream)
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, zlib.error):
         return
+
+
+def _png_texts(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the compressed texts of a PNG file; the others stand in it as they are."""
+    stream.seek(len(_PNG))
+    while len(head := stream.read(8)) == 8:
+        content = stream.read(int.from_bytes(head[:4], "big"))
+        stream.read(4)  # the checksum
+        keyword, _, rest = content.partition(b"\0")
+        packed = b""
+        if head[4:] in (b"zTXt", b"iCCP"):
+            packed = rest[1:]
+        elif head[4:] == b"iTXt" and rest[:1] == b"\1":
+            packed = rest[2:].split(b"\0", 2)[-1]
+        if packed:
+            yield f"({keyword.decode('latin-1')})", io.BytesIO(zlib.decompress(packed))
+
+
+_PATH = re.compile(r"(?:/[\w.@+~ -]+){2,}/?|[A-Za-z]:[\\/][^\n]+|\\\\[^\n]+\\[^\n]+")
+
+
+def config_paths(files: Mapping[str, Path]) -> tuple[Finding, ...]:
+    """Return the absolute paths in configurations: of whatever machine they are, nobody else can use them.
+
+    In other files an absolute path may be an example, so that only those of this machine are looked for there.
+
+    Args:
+        files: as for `Scanner.scan`; of these, `*config.json` are read.
+    """
+    found = []
+    for name, path in files.items():
+        if not name.endswith("config.json"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        for key, value in _strings("", json.loads(text)):
+            if _PATH.fullmatch(value):
+                offset = max(0, text.find(f'"{key.rsplit(".", 1)[-1]}"'))
+                line = text.count("\n", 0, offset) + 1
+                found.append(Finding(name, "absolute path", len(text[:offset].encode()), line, f"{key}: ***"))
+    return tuple(found)
+
+
+def _strings(key: str, value: object) -> Iterator[tuple[str, str]]:
+    """Yield every text in JSON content, with the names that lead to it."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(f"{key}.{name}".lstrip("."), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(key, inner)
 
 
 def refuse_secrets(findings: tuple[Finding, ...]) -> None:

@@ -6,6 +6,7 @@ tokens), checkpoints, rollouts, critics and references.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.hub.bases import BaseName, name_base
 from alignkit.hub.card import write_card
 from alignkit.hub.plain_card import is_written, write_plain_card
@@ -28,7 +29,7 @@ MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "
 CARD = "README.md"
 
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-_MODEL_FILES = (MODEL_CONFIG, "generation_config.json", MODEL_WEIGHTS, "model-*-of-*.safetensors", MODEL_INDEX)
+_MODEL_FILES = (MODEL_CONFIG, "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,12 +40,22 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "sentencepiece.model",
     "sentencepiece.bpe.model",
+    "bpe.codes",
+    "emoji.json",
+    "normalizer.json",
+    "tekken.json",
+    "*.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-_STORY_FILES = (CARD, RECORD_FILE, "report.html", "*.png", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_STORY_FILES = (CARD, RECORD_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_REPORT_FILES = ("report.html", "*.png")
 # Fields in which transformers and PEFT note where something was loaded from.
 _ORIGINS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")
 
@@ -89,7 +100,8 @@ def stage(sources: Sequence[Path], folder: Path, *, repo_id: str, base_model: st
 
     Args:
         sources: folders to take files from; a file of an earlier one hides that of a later one. The first one holds the
-            weights.
+            weights, the first one with a tokenizer gives all of it, and of a later one report and pictures go up only
+            if it holds the record of the same run.
         folder: empty, and outside the sources.
         repo_id: where it will go, for the card.
         base_model: the base's name on the Hub, where the user knows better than the files.
@@ -100,14 +112,13 @@ def stage(sources: Sequence[Path], folder: Path, *, repo_id: str, base_model: st
     """
     weights = sources[0]
     is_adapter = _is_adapter(weights)
-    wanted = _ADAPTER_FILES if is_adapter else _MODEL_FILES
-    for name, path in _found([weights], wanted):
-        _copy(path, folder / name)
-    for name, path in _found(sources, (*_TOKENIZER_FILES, *_STORY_FILES)):
-        if not (folder / name).exists():
-            _copy(path, folder / name)
+    _copy_found([weights], _ADAPTER_FILES if is_adapter else (*_MODEL_FILES, *_model_weights(weights)), folder)
+    with_tokenizer = (source for source in sources if any(_found([source], _TOKENIZER_FILES)))
+    _copy_found([source for source in (next(with_tokenizer, None),) if source is not None], _TOKENIZER_FILES, folder)
+    _copy_found(sources, _STORY_FILES, folder)
     _prefer_written_card(sources, folder)
     record = RunRecord.load(folder) if (folder / RECORD_FILE).is_file() else None
+    _copy_found([weights, *(each for each in sources[1:] if _is_of_run(each, record))], _REPORT_FILES, folder)
     base = None
     if is_adapter:
         base = _name_base_in_config(folder / ADAPTER_CONFIG, record, base_model)
@@ -157,6 +168,34 @@ def _found(sources: Sequence[Path], patterns: Sequence[str]) -> Iterator[tuple[s
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
                     yield path.relative_to(source).as_posix(), path
+
+
+def _copy_found(sources: Sequence[Path], patterns: Sequence[str], folder: Path) -> None:
+    for name, path in _found(sources, patterns):
+        if not (folder / name).exists():
+            _copy(path, folder / name)
+
+
+def _model_weights(folder: Path) -> tuple[str, ...]:
+    """Name the files of a whole model's weights as transformers would load it: shards of an earlier save stay here."""
+    if (folder / MODEL_WEIGHTS).is_file():
+        return (MODEL_WEIGHTS,)
+    shards = {str(name) for name in read_json(folder / MODEL_INDEX).get("weight_map", {}).values()}
+    strange = sorted(name for name in shards if Path(name).name != name or Path(name).suffix != ".safetensors")
+    if strange:
+        raise ModelError(f"{MODEL_INDEX} names {strange[0]!r}, which is no safetensors file beside it.")
+    return (MODEL_INDEX, *(glob.escape(name) for name in sorted(shards)))
+
+
+def _is_of_run(folder: Path, record: RunRecord | None) -> bool:
+    """Whether what lies in `folder` was made of the run of `record`, and not of an earlier one with the same folder."""
+    if record is None or not (folder / RECORD_FILE).is_file():
+        return False
+    try:
+        found = RunRecord.load(folder)
+    except DataError:  # of another version, so of another run
+        return False
+    return (found.method, found.created) == (record.method, record.created)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -69,7 +69,7 @@ def upload(api: HfApi, staged: Staged, target: Target, patience: Patience) -> Up
     """
     sender = _Sender(api, target, patience)
     repository = sender.prepare_repository()
-    dangerous = sorted(repository.files.intersection(_DANGEROUS))
+    dangerous = sorted(name for name in repository.files if name.rsplit("/", 1)[-1] in _DANGEROUS)
     if dangerous:
         logger.warning(
             "'%s' holds %s from an earlier upload, which may hold tokens. Look at it, delete it there, and revoke "
@@ -79,7 +79,9 @@ def upload(api: HfApi, staged: Staged, target: Target, patience: Patience) -> Up
         )
     revision = sender.prepare_branch()
     names = staged.files
-    if CARD in repository.files and not staged.keeps_card and sender.card_is_written(revision):
+    # A branch may have a card that the main one, whose files were listed, lacks.
+    may_have_card = CARD in repository.files or revision != _MAIN
+    if may_have_card and not staged.keeps_card and sender.card_is_written(revision):
         logger.warning("%s on the Hub was written by a person and stays as it is.", CARD)
         names = tuple(name for name in names if name != CARD)
     is_pr = target.create_pr

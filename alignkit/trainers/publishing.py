@@ -168,6 +168,7 @@ class _Job:
     ) -> _Job:
         """Copy the model out of `folder`, with the run's card and record as they are now."""
         args, token = trainer.args, token or trainer.args.hub_token
+        secrets = {"hub_token": args.hub_token} if args.hub_token else {}
         repo_id = _full_name(str(trainer.hub_model_id), token)
         target = make_target(
             repo_id,
@@ -181,7 +182,7 @@ class _Job:
             described = Path(scratch) / "described"
             save_description(trainer, described)
             sources = [folder, described, Path(str(args.output_dir))]
-            staged = pack(sources, Path(scratch) / "staged", repo_id, token=token)
+            staged = pack(sources, Path(scratch) / "staged", repo_id, token=token, secrets=secrets)
             return cls(on_error.pop_all(), staged, target, token)
 
     def run(self, check: Verify) -> Published:

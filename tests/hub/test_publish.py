@@ -116,6 +116,19 @@ def test_an_existing_repository_keeps_its_visibility_and_its_files(
     assert "README.md" not in reply.result["files"]
 
 
+def test_a_card_that_a_person_wrote_on_a_branch_stays_too(client: Client, hub: HubServer, adapter: Path) -> None:
+    repo, text = hub.add_repo("me/card-on-a-branch"), b"---\nlicense: mit\n---\n# Mine\n\nFour evenings of work.\n"
+    repo.refs["beta"] = repo.refs["main"]
+    repo.commit(
+        "beta", repo.resolve("beta").sha, "by hand", "", {"README.md": Blob(text), "a/optimizer.pt": Blob(b"x")}
+    )
+    repo.commit("main", repo.resolve("main").sha, "by hand", "", {"a/optimizer.pt": Blob(b"x")})
+    reply = client.ask("publish", folder=str(adapter), repo_id="me/card-on-a-branch", branch="beta")
+    assert reply.failure is None, reply
+    assert repo.files("beta")["README.md"] == text
+    assert "holds a/optimizer.pt from an earlier upload" in reply.output
+
+
 @pytest.mark.parametrize(("is_private", "asked"), [(True, False), (False, True)])
 def test_the_visibility_of_an_existing_repository_is_not_changed_in_passing(
     is_private: bool, asked: bool, client: Client, hub: HubServer, adapter: Path

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import io
 import json
 import random
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from alignkit.errors import ConfigError
@@ -26,7 +32,7 @@ from alignkit.hub.secret_patterns import (
     path_needles,
     secret_needles,
 )
-from alignkit.hub.secrets import Finding, Scanner, SecretFound, refuse_secrets
+from alignkit.hub.secrets import Finding, Scanner, SecretFound, config_paths, refuse_secrets
 
 CANARY = "Canary-7f3a-value/+x"
 SECRETS: dict[str, str] = {
@@ -40,6 +46,7 @@ SECRETS: dict[str, str] = {
     "Stripe key": "sk_live_" + "aB3dE6fG" * 3,
     "package index token": "pypi-AgE" + "aB3-_" * 14,
     "npm token": "npm_" + "aB3dE6" * 6,
+    "key of an inference service": "gsk_" + "aB3dE6fG" * 6,
     "private key": "-----BEGIN RSA PRIVATE KEY-----",
     "JSON Web Token": "eyJ" + "aB3_" * 5 + ".eyJ" + "aB3_" * 5 + "." + "aB3-" * 6,
     "Weights & Biases key": "wandb_api_key: " + "0123456789abcdef" * 2 + "01234567",
@@ -108,6 +115,25 @@ def test_no_split_makes_a_secret_of_a_word(place: int) -> None:
         assert Scanner((), chunk_bytes=chunk_bytes).scan_bytes("file", data) == []
 
 
+@pytest.mark.parametrize("before", ["x\\n", "x\\t", "\\u0022", "x%3D", "\\x22"])
+def test_an_escape_before_a_secret_is_no_part_of_it(before: str) -> None:
+    assert kinds(PLAIN, f'{{"text": "{before}{SECRETS["Hugging Face token"]}"}}'.encode()) == {"Hugging Face token"}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("hf_oauth_" + SECRETS["JSON Web Token"], "Hugging Face token"),
+        ("aws_secret_access_key = wJalrXUtnFEMI1K7MDENGbPxRfiCY", "secret in an assignment"),
+        ("DefaultEndpoints;AccountKey=wJalrXUtnFEMI1K7MDENGbPxRfiCY==", "secret in an assignment"),
+        ("xai-" + "aB3dE6fG" * 8, "key of an inference service"),
+        ("nvapi-" + "aB3-_" * 12, "key of an inference service"),
+    ],
+)
+def test_more_shapes(text: str, kind: str) -> None:
+    assert kinds(PLAIN, text.encode()) == {kind}
+
+
 def test_a_secret_with_two_names_is_found_once() -> None:
     findings = PLAIN.scan_bytes("file", b'"auth_token_api_key": "Abcd1234Efgh5678"')
     assert [each.kind for each in findings] == ["secret in an assignment"]
@@ -130,6 +156,64 @@ def test_a_known_value_is_found_in_any_spelling(spelling: str) -> None:
         (finding,) = scanner.scan_bytes("file", data)
         assert finding.kind == "secret value ($CANARY)"
         assert "7f3a" not in str(finding)
+
+
+WILD = "p&ss<wo>'r d\"5/é"
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        html.escape(WILD),
+        html.escape(WILD, quote=False),
+        str(escape(WILD)),
+        json.dumps(WILD),
+        json.dumps(WILD, ensure_ascii=False),
+        'p\\u0026ss\\u003cwo\\u003e\\u0027r d\\"5/\\u00e9',  # Jinja's tojson
+        quote(WILD),
+        quote(WILD, safe="").lower(),
+    ],
+)
+def test_a_value_of_many_kinds_of_characters(spelled: str) -> None:
+    for value in (WILD, f"{WILD}\n"):
+        (finding,) = Scanner(tuple(secret_needles({"$WILD": value}))).scan_bytes("f", f"x {spelled} y".encode())
+        assert finding.kind == "secret value ($WILD)"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("add", [PngInfo.add_text, PngInfo.add_itxt])
+def test_in_the_texts_of_a_picture(add: Any, packed: bool) -> None:
+    texts, picture = PngInfo(), io.BytesIO()
+    add(texts, "Comment", f"made with {SECRETS['Hugging Face token']}", zip=packed)
+    Image.new("L", (4, 4)).save(picture, "png", pnginfo=texts)
+    assert (SECRETS["Hugging Face token"].encode() in picture.getvalue()) is not packed
+    assert kinds(PLAIN, picture.getvalue()) == {"Hugging Face token"}
+    if packed:
+        assert kinds(PLAIN, picture.getvalue()[:60]) == set(), "a broken picture is no error"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_path"),
+    [
+        ("/home/alice/models/base", True),
+        ("/scratch/alice", True),
+        ("C:\\Users\\alice\\base", True),
+        ("\\\\server\\share\\base", True),
+        ("/think", False),
+        ("owner/model", False),
+        ("{{ '/a/b' }}", False),
+        ("https://example.org/a/b", False),
+    ],
+)
+def test_a_path_of_any_machine_in_a_configuration(value: str, is_path: bool, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("adapter_config.json", "other.json")}
+    for file in files.values():
+        file.write_text(json.dumps({"rank": 8, "inner": [{"place": value}]}, indent=1))
+    found = config_paths(files)
+    assert [(each.file, each.kind, each.line) for each in found] == [("adapter_config.json", "absolute path", 5)] * (
+        is_path
+    )
+    assert not any(value in str(each) for each in found)
 
 
 def test_inside_archives_and_weights(tmp_path: Path) -> None:
@@ -168,14 +252,23 @@ def test_random_weights_and_ordinary_text_are_left_alone() -> None:
 
 
 def test_names_and_values_of_the_environment() -> None:
-    secret = ("MY_API_KEY", "HF_TOKEN", "aws_secret_access_key", "DB_PASSWORD", "CI-JWT", "GITHUB_PAT")
-    plain = ("TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY", "PATH", "AUTHOR", "SSH_AUTH_SOCK", "COMPASS")
+    secret = (
+        "MY_API_KEY",
+        "HF_TOKEN",
+        "aws_secret_access_key",
+        "DB_PASSWORD",
+        "CI-JWT",
+        "GITHUB_PAT",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+    )
+    plain = ("TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY", "PATH", "AUTHOR", "SSH_AUTH_SOCK", "COMPASS", "PWD")
     assert all(map(looks_secret, secret))
     assert not any(map(looks_secret, plain))
     assert is_distinctive("aB3dE6fG")
     assert not any(map(is_distinctive, ("short", "disabled", "1234567890", "password", "a" * 20)))
-    environment = {"A_TOKEN": "x1y2z3w4", "KEY_FILE": "/home/jane/key", "LANG": "C.UTF-8"}
-    assert environment_secrets(environment) == {"$A_TOKEN": "x1y2z3w4"}
+    environment = {"A_TOKEN": "x1y2z3w4", "KEY_FILE": __file__, "LANG": "C.UTF-8", "B_KEY": "/wJalrXU+tnFEMI1K7"}
+    assert environment_secrets(environment) == {"$A_TOKEN": "x1y2z3w4", "$B_KEY": "/wJalrXU+tnFEMI1K7"}
 
 
 @pytest.mark.parametrize(
