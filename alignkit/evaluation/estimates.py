@@ -201,8 +201,8 @@ def _newcombe(value: float, above: int, below: int) -> tuple[float, float]:
         return (value - share) ** 2 - _normal_quantile() ** 2 * share * (1 - share) * spread / (above * below)
 
     inside = min(max(value, 1e-12), 1 - 1e-12)  # at the very ends, where V is 0, there is a root that says nothing
-    low = 0.0 if value == 0 else float(optimize.brentq(excess, 0.0, inside))
-    return low, 1.0 if value == 1 else float(optimize.brentq(excess, inside, 1.0))
+    root: Any = optimize.brentq  # typed as if it could return more than the root
+    return 0.0 if value == 0 else root(excess, 0.0, inside), 1.0 if value == 1 else root(excess, inside, 1.0)
 
 
 def _normal_quantile() -> float:

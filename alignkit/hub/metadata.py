@@ -87,7 +87,8 @@ def _results(record: RunRecord) -> list[EvalResult]:
         details = evaluation.get("details") or {}
         if details.get("other_run"):  # a comparison, and no result of this model
             continue
-        measured_on = details.get("data") if isinstance(details.get("data"), Mapping) else held_out
+        given = details.get("data")
+        measured_on: Mapping[str, Any] = given if isinstance(given, Mapping) else held_out
         for name, metric in evaluation["metrics"].items():
             value = value_of(metric)
             if value is None or name in _BASELINES:

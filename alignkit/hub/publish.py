@@ -48,6 +48,9 @@ class Published(NamedTuple):
     verified: str
 
 
+_NOTHING = "nothing: this was a dry run"
+
+
 def publish(
     trainer_or_dir: Trainer | str | Path,
     repo_id: str,
@@ -97,13 +100,11 @@ def publish(
             sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
 
         def go() -> Published:
-            staged = pack(
-                sources, Path(scratch) / "staged", repo_id, token=token, secrets=secrets, base_model=base_model
-            )
+            folder = Path(scratch) / "staged"
+            staged = pack(sources, folder, repo_id, token=token, secrets=secrets, base_model=base_model)
             if dry_run:
                 _show(staged, repo_id)
-                nothing = "nothing: this was a dry run"
-                return Published(_url(repo_id), None, None, private is not False, staged.files, nothing)
+                return Published(_url(repo_id), None, None, private is not False, staged.files, _NOTHING)
             patience = Patience(max_retries, timeout_s)
             return send(staged, target, token=token or configured, patience=patience, verify=verify)
 
