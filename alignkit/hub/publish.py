@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import Trainer
 
 from alignkit import __version__
-from alignkit.errors import AlignkitError, ConfigError, PublishError
+from alignkit.errors import ConfigError, PublishError
 from alignkit.hub.secrets import Scanner, config_paths, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
@@ -245,12 +245,12 @@ def check_repo_id(repo_id: str) -> None:
 def _on_the_first_process(trainer: Trainer, go: Callable[[], Published]) -> Published:
     """Run `go` on one process of several, and tell the others what came of it, so that none waits for ever."""
     outcome: list[Published | str | None] = [None]
-    trouble: AlignkitError | None = None
+    trouble: Exception | None = None
     if trainer.is_world_process_zero():
         try:
             outcome = [go()]
-        except AlignkitError as error:
-            outcome, trouble = [str(error)], error
+        except Exception as error:  # noqa: BLE001 (whatever it is: it is raised again, once the others know)
+            outcome, trouble = [str(error) or type(error).__name__], error
     broadcast_object_list(outcome)
     if trouble is not None:
         raise trouble
