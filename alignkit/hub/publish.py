@@ -25,6 +25,8 @@ from alignkit.hub.trouble import Patience, diagnose
 from alignkit.hub.upload import Target, upload
 from alignkit.hub.verify import Verify, verify
 
+_DRY = "nothing: this was a dry run"
+
 logger = logging.getLogger(__name__)
 
 
@@ -97,13 +99,11 @@ def publish(
             sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
 
         def go() -> Published:
-            staged = pack(
-                sources, Path(scratch) / "staged", repo_id, token=token, secrets=secrets, base_model=base_model
-            )
+            inner = Path(scratch) / "staged"
+            staged = pack(sources, inner, repo_id, token=token, secrets=secrets, base_model=base_model)
             if dry_run:
                 _show(staged, repo_id)
-                nothing = "nothing: this was a dry run"
-                return Published(_url(repo_id), None, None, private is not False, staged.files, nothing)
+                return Published(_url(repo_id), None, None, private is not False, staged.files, _DRY)
             patience = Patience(max_retries, timeout_s)
             return send(staged, target, token=token or configured, patience=patience, verify=verify)
 
