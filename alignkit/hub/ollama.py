@@ -130,6 +130,8 @@ def go_template(pieces: ChatPieces) -> str | None:
     literals = [pieces.without_system, *pieces.system, *pieces.user, *pieces.assistant]
     if any("{{" in text or "}}" in text or '"""' in text or not _is_printable(text) for text in literals):
         return None
+    if any(text.endswith("{") for text in literals) or pieces.assistant[0].endswith('"'):
+        return None  # it would run into the braces, or the quotes, that follow
     system = f"{pieces.system[0]}{{{{ .System }}}}{pieces.system[1]}"
     user = f"{pieces.user[0]}{{{{ .Content }}}}{pieces.user[1]}"
     assistant = f"{pieces.assistant[0]}{{{{ .Content }}}}{pieces.assistant[1]}"

@@ -18,12 +18,14 @@ from rich.console import Console
 from transformers import Trainer
 
 from alignkit import __version__
-from alignkit.errors import AlignkitError, ConfigError, PublishError
+from alignkit.errors import ConfigError, PublishError
 from alignkit.hub.secrets import Scanner, config_paths, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
 from alignkit.hub.upload import Target, upload
 from alignkit.hub.verify import Verify, verify
+
+_DRY = "nothing: this was a dry run"
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,6 @@ class Published(NamedTuple):
     private: bool
     files: tuple[str, ...]
     verified: str
-
-
-_NOTHING = "nothing: this was a dry run"
 
 
 def publish(
@@ -100,11 +99,11 @@ def publish(
             sources = _sources(trainer_or_dir, Path(scratch) / "saved", repo_id)
 
         def go() -> Published:
-            folder = Path(scratch) / "staged"
-            staged = pack(sources, folder, repo_id, token=token, secrets=secrets, base_model=base_model)
+            inner = Path(scratch) / "staged"
+            staged = pack(sources, inner, repo_id, token=token, secrets=secrets, base_model=base_model)
             if dry_run:
                 _show(staged, repo_id)
-                return Published(_url(repo_id), None, None, private is not False, staged.files, _NOTHING)
+                return Published(_url(repo_id), None, None, private is not False, staged.files, _DRY)
             patience = Patience(max_retries, timeout_s)
             return send(staged, target, token=token or configured, patience=patience, verify=verify)
 
@@ -246,12 +245,12 @@ def check_repo_id(repo_id: str) -> None:
 def _on_the_first_process(trainer: Trainer, go: Callable[[], Published]) -> Published:
     """Run `go` on one process of several, and tell the others what came of it, so that none waits for ever."""
     outcome: list[Published | str | None] = [None]
-    trouble: AlignkitError | None = None
+    trouble: Exception | None = None
     if trainer.is_world_process_zero():
         try:
             outcome = [go()]
-        except AlignkitError as error:
-            outcome, trouble = [str(error)], error
+        except Exception as error:  # noqa: BLE001 (whatever it is: it is raised again, once the others know)
+            outcome, trouble = [str(error) or type(error).__name__], error
     broadcast_object_list(outcome)
     if trouble is not None:
         raise trouble

@@ -57,7 +57,7 @@ _TOKENIZER_FILES = (
 _STORY_FILES = (CARD, RECORD_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 _REPORT_FILES = ("report.html", "*.png")
 # Fields in which transformers and PEFT note where something was loaded from.
-_ORIGINS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")
+_ORIGINS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def test_the_merged_model_is_the_adapter_on_its_base(
     merged = merge_adapter(adapter, tmp_path / "out")
     assert merged.dtype == str(dtype).removeprefix("torch.")
     assert merged.agreement.mean_kl < merged.effect / 100
-    assert merged.agreement.mean_kl <= merged.tolerance == max(ROUNDING_KL[dtype], 0.1 * merged.effect)
+    assert merged.agreement.mean_kl <= merged.tolerance == max(ROUNDING_KL[dtype], 0.01 * merged.effect)
     # By plain transformers and PEFT, in plain fp32.
     ids = torch.arange(3, 60).unsqueeze(0)
     with torch.inference_mode():
@@ -202,6 +202,21 @@ def test_a_planted_bug_is_found_and_nothing_is_left(
     with pytest.raises(ModelError, match="does not say what the adapter says: mean KL"):
         merge_adapter(adapter, tmp_path / "out")
     assert leftovers(tmp_path) == []
+
+
+def test_one_module_that_was_left_out_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=12)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    right, done = LoraLinear.get_delta_weight, []
+
+    def forgetful(self: LoraLinear, name: str) -> torch.Tensor:
+        done.append(name)
+        return right(self, name) * (len(done) != 20)
+
+    monkeypatch.setattr(LoraLinear, "get_delta_weight", forgetful)
+    with pytest.raises(ModelError, match="does not say what the adapter says: mean KL"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert len(done) == 84
 
 
 def test_weights_that_were_not_written_are_found(

@@ -183,6 +183,15 @@ def test_what_a_modelfile_cannot_hold_is_not_written(literal: str) -> None:
     assert go_template(good._replace(user=(literal, "\n"))) is None
 
 
+def test_what_runs_into_the_signs_around_it_is_left_to_ollama() -> None:
+    good = ChatPieces("", ("<s>", "</s>"), ("<u>", "</u>"), ("<a>", "</a>"))
+    assert go_template(good) is not None
+    assert go_template(good._replace(user=("{", "}"))) is None
+    assert go_template(good._replace(without_system="{")) is None
+    assert go_template(good._replace(assistant=('"', '"'))) is None
+    assert go_template(good._replace(user=('"', '"'))) is not None
+
+
 # ------------------------------------------------------------ the rest of the file
 
 

@@ -200,6 +200,21 @@ def test_a_base_is_named_without_its_path(
         assert "logits were not compared: the base" in found["verified"]
 
 
+def test_paths_of_another_machine(client: Client, hub: HubServer, adapter: Path) -> None:
+    """Those that libraries note are left out; any other in a configuration is refused."""
+    file = adapter / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "special_tokens_map_file": "/scratch/jane/m/special_tokens_map.json"}))
+    client.do("publish", folder=str(adapter), repo_id="me/elsewhere")
+    published = json.loads(hub.repo("me/elsewhere").files()["tokenizer_config.json"])
+    assert published == config
+    file.write_text(json.dumps({**config, "something": "/scratch/jane/m/file.json"}))
+    failure = client.ask("publish", folder=str(adapter), repo_id="me/elsewhere-2").failure
+    assert failure is not None
+    assert "tokenizer_config.json, line 1: absolute path: something" in failure.message
+    assert "me/elsewhere-2" not in hub.store.repos
+
+
 def test_logits_are_compared_where_the_base_is_and_nothing_is_downloaded_for_it(
     client: Client, hub: HubServer, adapter: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.hub.publish import pack
+from alignkit.hub.secrets import SecretFound
 from alignkit.hub.staging import MODEL_INDEX, Staged, stage
 from tests.hub.conftest import snapshot
 from tests.hub.record_factory import make_record
@@ -73,3 +76,21 @@ def test_an_index_reaches_into_no_other_folder(staged: Callable[..., Staged], ba
     (folder / MODEL_INDEX).write_text('{"weight_map": {"a": "../other/secret.safetensors"}}')
     with pytest.raises(ModelError, match="no safetensors file beside it"):
         staged(folder)
+
+
+@pytest.mark.parametrize("whose", ["base", "adapter"])
+def test_a_path_of_the_base_or_the_run_is_found_wherever_it_lies(
+    whose: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))  # in which the two usually lie in tests
+    (tmp_path / "scratch").mkdir()
+    folder = tmp_path / "scratch" / "staged"
+    (adapter / "report.html").write_text(f"<p>{ {'base': base, 'adapter': adapter}[whose] }/x</p>")
+    with pytest.raises(SecretFound, match=r"report\.html, line 1: path of this machine"):
+        pack([adapter], folder, "me/x", token=None, secrets={})
+
+
+def test_the_token_of_the_run_is_looked_for_beside_that_of_the_call(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "report.html").write_text("<p>An-Odd-Token-1</p>")
+    with pytest.raises(SecretFound, match=r"secret value \(hub_token\)"):
+        pack([adapter], tmp_path / "staged", "me/x", token="x" * 20, secrets={"hub_token": "An-Odd-Token-1"})

@@ -41,6 +41,7 @@ def train(
     options: dict[str, Any] | None = None,
     row: dict[str, Any] | None = None,
     then: str = "push",
+    recorded_base: str | None = None,
     **arguments: Any,
 ) -> Any:
     """Train for two steps, and then do what a user would.
@@ -53,6 +54,7 @@ def train(
         row: columns that every row of the data gets.
         then: "push" with the trainer's own method, "publish" with ours, "save" the model, "make" no more than the
             trainer, or "nothing" after training.
+        recorded_base: what the adapter calls its base after training, if not `base`.
         **arguments: for what comes after.
     """
     torch.manual_seed(0)
@@ -60,6 +62,8 @@ def train(
     if then == "make":
         return None
     trainer.train()
+    if recorded_base is not None:
+        trainer.model.peft_config["default"].base_model_name_or_path = recorded_base
     if then == "push":
         found = trainer.push_to_hub(**arguments)
         return None if found is None else found._asdict()
