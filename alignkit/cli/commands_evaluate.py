@@ -88,27 +88,23 @@ def evaluate(
         seed=seed,
         quiet=as_json,
     )
-    loading = {"quantization_config": nf4()} if load_in_4bit else {}
+    loading: dict[str, Any] = {"quantization_config": nf4()} if load_in_4bit else {}
     documents = None if texts is None else _documents(texts)
-    found = evaluate_run(
-        model,
-        data=data,
-        prompts=prompts,
-        texts=documents,
-        judge=judge,
-        reference=reference,
-        options=options,
-        **loading,
-    )
-    screen = console()
-    if as_json:
-        print_json({"model": model, "evaluations": found})
-    for evaluation in () if as_json else found:
-        screen.print(evaluation_table(evaluation))
+    given = {"data": data, "prompts": prompts, "texts": documents, "judge": judge, "reference": reference}
+    found = evaluate_run(model, options=options, **given, **loading)
+    _print(model, found, as_json)
     if keep and record is not None:  # last, since a folder that cannot be written must not cost what was measured
         written = _add(found, record, Path(model).expanduser())
         if not as_json:
-            screen.print(written, markup=False)
+            console().print(written, markup=False)
+
+
+def _print(model: str, found: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json({"model": model, "evaluations": found})
+        return
+    for evaluation in found:
+        console().print(evaluation_table(evaluation))
 
 
 def _documents(path: Path) -> list[str]:

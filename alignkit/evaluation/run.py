@@ -122,19 +122,13 @@ def evaluate_run(
         TrainingError: numbers that are not finite.
     """
     options = EvaluationOptions() if options is None else options
-    if data is None and prompts is None and texts is None:
-        raise ConfigError("there is nothing to evaluate on: give data (pairs), prompts or texts")
-    if judge is not None and data is None and prompts is None:
-        raise ConfigError("a judge compares answers, and nothing is asked: give prompts or data too")
+    _check_given(data, prompts, texts, judge)
     judging = None if judge is None else make_judge(judge)  # a judge that is none is an error before anything runs
     loaded = load_evaluated(model, tokenizer, reference=reference, **loading)
     if not isinstance(loaded, PolicyModel):
         _refuse_for_reward({"prompts": prompts, "texts": texts, "judge": judge})
-    elif judging is not None and not loaded.bundle.can_reference:
-        raise ConfigError(
-            "a judge compares the policy with its reference, and this model has none: pass reference= (--reference), "
-            "the model that it was trained from"
-        )
+    elif judging is not None:
+        _check_reference(loaded)
     source = None if data is None else _loaded(data, options)
     rows = None if source is None else _rows(source, options)
     pairs_from, asked_from = _described(data, source, options), _described(prompts, None, options)
@@ -147,6 +141,21 @@ def evaluate_run(
     if judging is not None and rows is not None and options.injected_pairs:
         found += _about([_resistance(judging, rows, options)], pairs_from)
     return found if texts is None else [*found, _perplexity(loaded, texts, options)]
+
+
+def _check_given(data: Any, prompts: Any, texts: Any, judge: Any) -> None:
+    if data is None and prompts is None and texts is None:
+        raise ConfigError("there is nothing to evaluate on: give data (pairs), prompts or texts")
+    if judge is not None and data is None and prompts is None:
+        raise ConfigError("a judge compares answers, and nothing is asked: give prompts or data too")
+
+
+def _check_reference(policy: PolicyModel) -> None:
+    if not policy.bundle.can_reference:
+        raise ConfigError(
+            "a judge compares the policy with its reference, and this model has none: pass reference= (--reference), "
+            "the model that it was trained from"
+        )
 
 
 def entry(
