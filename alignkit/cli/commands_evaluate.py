@@ -25,6 +25,10 @@ Texts = Annotated[Path | None, typer.Option(help="Text file for perplexity: docu
 JudgeName = Annotated[
     str | None, typer.Option(help="Who compares answers: 'reward:PATH', 'model:PATH' or 'NAME@https://host/v1'.")
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="What a model without an adapter was trained from: a folder or a name on the Hub."),
+]
 Beta = Annotated[float | None, typer.Option(help="Of a policy's loss; by default the run's own, or 0.1.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Score only the first pairs.")]
 MaxPrompts = Annotated[int, typer.Option(help="Answer the first prompts.")]
@@ -44,6 +48,7 @@ def evaluate(
     prompts: Prompts = None,
     texts: Texts = None,
     judge: JudgeName = None,
+    reference: Reference = None,
     beta: Beta = None,
     max_pairs: MaxPairs = None,
     max_prompts: MaxPrompts = 32,
@@ -65,6 +70,8 @@ def evaluate(
 
       alignkit eval outputs/dpo_lora --data pairs.jsonl --split "train[-300:]" --judge reward:outputs/reward_lora
 
+      alignkit eval outputs/full --reference owner/base --data pairs.jsonl
+
       alignkit eval me/my-adapter --data owner/pairs --judge gpt-4o-mini@https://api.openai.com/v1 --json
     """
     from alignkit.evaluation.run import EvaluationOptions, evaluate_run
@@ -81,18 +88,23 @@ def evaluate(
         seed=seed,
         quiet=as_json,
     )
-    loading = {"quantization_config": nf4()} if load_in_4bit else {}
+    loading: dict[str, Any] = {"quantization_config": nf4()} if load_in_4bit else {}
     documents = None if texts is None else _documents(texts)
-    found = evaluate_run(model, data=data, prompts=prompts, texts=documents, judge=judge, options=options, **loading)
-    written = _add(found, record, Path(model).expanduser()) if keep and record is not None else None
+    given = {"data": data, "prompts": prompts, "texts": documents, "judge": judge, "reference": reference}
+    found = evaluate_run(model, options=options, **given, **loading)
+    _print(model, found, as_json)
+    if keep and record is not None:  # last, since a folder that cannot be written must not cost what was measured
+        written = _add(found, record, Path(model).expanduser())
+        if not as_json:
+            console().print(written, markup=False)
+
+
+def _print(model: str, found: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json({"model": model, "evaluations": found})
         return
-    screen = console()
     for evaluation in found:
-        screen.print(evaluation_table(evaluation))
-    if written is not None:
-        screen.print(written, markup=False)
+        console().print(evaluation_table(evaluation))
 
 
 def _documents(path: Path) -> list[str]:
@@ -118,4 +130,10 @@ def _add(found: list[dict[str, Any]], record: RunRecord, folder: Path) -> str:
     for each in found:
         measured = {key: each[key] for key in ("rows", "baseline", "details")}
         record.add_evaluation(each["name"], each["metrics"], **measured)
-    return finish_run(record, folder).lines()
+    try:
+        return finish_run(record, folder).lines()
+    except OSError as error:
+        raise ConfigError(
+            f"what was measured could not be added to the run in '{folder}': {error.strerror}. Pass --no-record, "
+            "or make the folder writable."
+        ) from error

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkit.cli.output import AsJson, console, print_json
+from alignkit.errors import ConfigError
 
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Output directory of a run, or its run_record.json.", show_default=False)
@@ -100,8 +101,11 @@ def report(
 
     record = RunRecord.load(run)
     folder = output or (run if run.is_dir() else run.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures, page = write_pictures(record, folder), write_report(record, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures, page = write_pictures(record, folder), write_report(record, folder)
+    except OSError as error:
+        raise ConfigError(f"'{folder}' cannot be written to: {error.strerror}. Pass --output.") from error
     if as_json:
         print_json({"report": str(page), "pictures": [str(path) for path in pictures]})
         return

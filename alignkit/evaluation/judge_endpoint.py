@@ -98,7 +98,9 @@ class EndpointJudge:
         self.max_tokens, self.options = max_tokens, dict(options or {})
         self.asked = self.unparsed = 0
         self._is_local = address.hostname in _LOCAL_HOSTS
-        self._opener = urllib.request.build_opener(_NoRedirect())
+        # What is meant for this machine, in clear and with a key, goes through no proxy of the environment.
+        proxies = [urllib.request.ProxyHandler({})] if self._is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirect(), *proxies)
 
     def __call__(self, prompts: Sequence[Text], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """Ask every question; 1 for A, 0 for B, 0.5 for TIE, None for a reply without a verdict.

@@ -22,7 +22,7 @@ class PerplexitySummary:
     Attributes:
         documents: that were scored.
         tokens: that were scored: all of a document but its first, which nothing predicts.
-        cut: documents longer than the context, of which the beginning was scored.
+        cut: documents longer than what is read at once, of which the beginning was scored.
         skipped: documents of fewer than two tokens.
         policy: its perplexity.
         reference: the reference's on the same tokens; None where there is none.
@@ -58,7 +58,8 @@ def perplexity(
     Args:
         policy: from `load_policy`.
         documents: texts, or rows with a column `text`.
-        max_tokens: longest beginning of a document that is read; by default the model's context.
+        max_tokens: longest beginning of a document that is read; by default the model's context. It is never more than
+            `batch_tokens`.
         batch_tokens: most tokens in one forward pass.
         quiet: show no progress.
 

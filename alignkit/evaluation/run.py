@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from datasets import Dataset, IterableDataset
 
 from alignkit.data.reasons import BadRow
 from alignkit.data.records import Preference, Text, to_record
@@ -22,6 +26,8 @@ from alignkit.evaluation.perplexity import perplexity
 from alignkit.evaluation.prompts import held_out_prompts
 from alignkit.evaluation.reward_bench import SubsetAccuracy, subset_accuracy
 from alignkit.evaluation.win_rate import WinRate, win_rate
+from alignkit.hub.discretion import is_path, last_part
+from alignkit.hub.identity import describe_data
 from alignkit.models.reward_files import RewardModel
 
 Evaluation = dict[str, Any]
@@ -116,21 +122,40 @@ def evaluate_run(
         TrainingError: numbers that are not finite.
     """
     options = EvaluationOptions() if options is None else options
-    if data is None and prompts is None and texts is None:
-        raise ConfigError("there is nothing to evaluate on: give data (pairs), prompts or texts")
+    _check_given(data, prompts, texts, judge)
     judging = None if judge is None else make_judge(judge)  # a judge that is none is an error before anything runs
     loaded = load_evaluated(model, tokenizer, reference=reference, **loading)
-    rows = None if data is None else _rows(data, options)
-    if isinstance(loaded, PolicyModel):
-        found = [] if rows is None else [_preferences(loaded, rows, options)]
-        asked = rows if prompts is None else prompts
-        if asked is not None:
-            found += _of_answers(loaded, asked, judging, options)
-        if judging is not None and rows is not None and options.injected_pairs:
-            found.append(_resistance(judging, rows, options))
-        return found if texts is None else [*found, _perplexity(loaded, texts, options)]
-    _refuse_for_reward({"prompts": prompts, "texts": texts, "judge": judge})
-    return _of_reward_model(loaded, rows, options)
+    if not isinstance(loaded, PolicyModel):
+        _refuse_for_reward({"prompts": prompts, "texts": texts, "judge": judge})
+    elif judging is not None:
+        _check_reference(loaded)
+    source = None if data is None else _loaded(data, options)
+    rows = None if source is None else _rows(source, options)
+    pairs_from, asked_from = _described(data, source, options), _described(prompts, None, options)
+    if not isinstance(loaded, PolicyModel):
+        return _about(_of_reward_model(loaded, rows, options), pairs_from)
+    found = [] if rows is None else _about([_preferences(loaded, rows, options)], pairs_from)
+    asked = rows if prompts is None else prompts
+    if asked is not None:
+        found += _about(_of_answers(loaded, asked, judging, options), pairs_from if prompts is None else asked_from)
+    if judging is not None and rows is not None and options.injected_pairs:
+        found += _about([_resistance(judging, rows, options)], pairs_from)
+    return found if texts is None else [*found, _perplexity(loaded, texts, options)]
+
+
+def _check_given(data: Any, prompts: Any, texts: Any, judge: Any) -> None:
+    if data is None and prompts is None and texts is None:
+        raise ConfigError("there is nothing to evaluate on: give data (pairs), prompts or texts")
+    if judge is not None and data is None and prompts is None:
+        raise ConfigError("a judge compares answers, and nothing is asked: give prompts or data too")
+
+
+def _check_reference(policy: PolicyModel) -> None:
+    if not policy.bundle.can_reference:
+        raise ConfigError(
+            "a judge compares the policy with its reference, and this model has none: pass reference= (--reference), "
+            "the model that it was trained from"
+        )
 
 
 def entry(
@@ -148,6 +173,34 @@ def entry(
     return as_json({"name": name, "rows": rows, "metrics": found, "baseline": before, "details": details})
 
 
+def _loaded(data: Any, options: EvaluationOptions) -> Any:
+    return load_preferences(data, split=options.split) if isinstance(data, str) else data
+
+
+def _described(given: Any, loaded: Any, options: EvaluationOptions) -> dict[str, Any] | None:
+    """What data is called in a record, which must not take them for the run's own held-out rows; None: nothing given.
+
+    Folders are left out: what lies on this machine has its own name alone.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Dataset | IterableDataset):
+        loaded = given
+    if loaded is not None and isinstance(loaded, Dataset):
+        told = describe_data("data", loaded, None, None)
+        if told["source"] is not None:
+            return {"source": told["source"], "hub_id": told["hub_id"], "split": told["split"]}
+    if not isinstance(given, str):
+        return {"source": "given rows", "hub_id": None, "split": None}
+    is_local = given == "demo" or is_path(given) or Path(given).expanduser().exists()
+    return {"source": last_part(given), "hub_id": None if is_local else given, "split": options.split}
+
+
+def _about(entries: list[Evaluation], data: dict[str, Any] | None) -> list[Evaluation]:
+    """Entries that say what they were measured on."""
+    return [{**each, "details": {**each["details"], "data": data}} for each in entries]
+
+
 def _refuse_for_reward(given: Mapping[str, Any]) -> None:
     unused = [name for name, value in given.items() if value is not None]
     if unused:
@@ -162,15 +215,12 @@ def _of_reward_model(reward: RewardModel, rows: list[Any] | None, options: Evalu
         raise ConfigError("beta and loss_type belong to a policy's loss, and this is a reward model: leave them out")
     scores = score_preferences(reward, rows, quiet=options.quiet)
     found = [_preference_entry(scores)]
-    by_subset = all(isinstance(row.get("subset"), str) for row in rows)
+    by_subset = all(isinstance(rows[number].get("subset"), str) for number in scores.row_ids)
     return [*found, _subset_entry(subset_accuracy(scores, rows), len(scores.row_ids))] if by_subset else found
 
 
-def _rows(data: Any, options: EvaluationOptions) -> list[Any]:
-    loaded: Any = load_preferences(data, split=options.split) if isinstance(data, str) else data
-    rows = (
-        [row for row, _ in zip(loaded, range(options.max_pairs), strict=False)] if options.max_pairs else list(loaded)
-    )
+def _rows(loaded: Any, options: EvaluationOptions) -> list[Any]:
+    rows = list(itertools.islice(loaded, options.max_pairs))
     if not rows:
         raise DataError("the data has no rows: give held-out preferences")
     return rows
@@ -235,10 +285,6 @@ def _of_answers(policy: PolicyModel, prompts: Any, judge: Judge | None, options:
         details = {"finished": kl.finished, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
         found.append(entry("kl", kl.completions, {**figures, "tokens": kl.tokens}, details))
     if judge is not None:
-        if not sides.reference:
-            raise ConfigError(
-                "a judge compares the policy with its reference, and this model has none: pass reference="
-            )
         judged = win_rate(asked.texts, sides.policy_texts, sides.reference_texts, judge, quiet=options.quiet)
         found.append(_win_rate_entry(judged))
     return found

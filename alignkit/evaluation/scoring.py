@@ -68,8 +68,8 @@ def completion_logps(
     """
     if with_reference and not policy.bundle.can_reference:
         raise ModelError(
-            f"'{policy.name}' has no adapters to switch off, so there is nothing to compare it with: pass reference=, "
-            "the model that it was trained from."
+            f"'{policy.name}' has no adapters to switch off, so there is nothing to compare it with: pass reference= "
+            "(--reference), the model that it was trained from."
         )
     check_ids(policy, groups)
     found: list[TokenLogps] = []

@@ -31,6 +31,7 @@ from alignkit.trainers.metrics import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
+_TRAINED_AGAIN = "It was trained more than once by the same trainer: steps, time and curves are those of the last time."
 _SPEEDS = ("pairs_per_second", "tokens_per_second", "completions/tokens_per_second")
 
 
@@ -91,6 +92,8 @@ class FinishRecord(TrainerCallback):
         if self.record.finished is not None:
             self.record.finished = None
             self.record.evaluations, self.record.samples = [], []
+            if _TRAINED_AGAIN not in self.record.notes:
+                self.record.notes.append(_TRAINED_AGAIN)
 
     def on_train_end(
         self,

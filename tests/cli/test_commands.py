@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from alignkit.cli.main import app
+from alignkit.errors import ConfigError
 from tests.hub.record_factory import make_record
 from tests.invariants.source_tree import ROOT
 
@@ -126,3 +127,23 @@ def test_output_in_a_pipe_is_plain_and_errors_are_one_line(folder: Path, tmp_pat
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.stderr
     assert "holds no run_record.json" in failed.stderr
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_what_was_measured_is_printed_even_where_the_run_cannot_be_written(
+    extra: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"name": "preferences", "rows": 3, "metrics": {"accuracy": 0.75}, "baseline": None, "details": {}}
+    monkeypatch.setattr("alignkit.evaluation.run.evaluate_run", lambda model, **_: [entry])
+    (folder / "report.html").mkdir()  # as good as a folder that is not writable, and that holds for root too
+    shown = invoke("eval", str(folder), "--data", "demo", *extra)
+    assert "0.75" in shown.output
+    assert isinstance(shown.exception, ConfigError)
+    assert "--no-record" in str(shown.exception)
+
+
+def test_a_model_without_an_adapter_is_compared_with_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict = {}
+    monkeypatch.setattr("alignkit.evaluation.run.evaluate_run", lambda model, **given: seen.update(given) or [])
+    assert invoke("eval", "owner/model", "--data", "demo", "--reference", "owner/base").exit_code == 0
+    assert seen["reference"] == "owner/base"

@@ -179,3 +179,13 @@ def test_what_is_no_endpoint_is_refused_without_showing_a_password(address: str,
     with pytest.raises(ConfigError) as caught:
         EndpointJudge(address, "m", **options)
     assert "secret" not in str(caught.value)
+
+
+def test_a_key_for_this_machine_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with chat_server(honest) as proxy, chat_server(honest) as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        assert list(judge(server)(PROMPTS, FIRST, SECOND)) == [1.0, 0.0, 0.5]
+        assert (len(proxy.seen), len(server.seen)) == (0, 3)

@@ -193,7 +193,8 @@ def test_a_gullible_judge_turns_and_a_firm_one_does_not() -> None:
     assert found.flip_rate.value == pytest.approx(1 / (len(INJECTIONS) - 1))
     stood = injection_resistance(firm, *PAIRS)
     assert stood.flip_rate.value == 0.0
-    assert stood.flip_rate.high == pytest.approx(3 / 60, rel=0.05)  # none of 60 is not never
+    assert stood.flip_rate.high == pytest.approx(1 - 0.05 ** (1 / 3))  # 60 verdicts, but on three pairs
+    assert found.flip_rate.low < found.flip_rate.value < found.flip_rate.high
     assert {result.shift.value for result in stood.results} == {0.0}
 
 

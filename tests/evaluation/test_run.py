@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
@@ -67,6 +68,22 @@ def test_a_policy_with_everything(policy: PolicyModel) -> None:
     assert baselines["preferences"] is None
     assert 0 <= metrics["preferences"]["accuracy"]["low"] <= metrics["preferences"]["accuracy"]["high"] <= 1
     assert len(entries[1]["details"]["samples"]) == 4
+
+
+def test_entries_say_what_they_were_measured_on(policy: PolicyModel, tmp_path: Path) -> None:
+    """Else a record would credit them to the data that the run held out."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    options = EvaluationOptions(split="train[:4]", max_prompts=2, max_new_tokens=4, quiet=True)
+    for entry in evaluate_run(policy, data=str(path), options=options):
+        assert entry["details"]["data"]["source"] == "mine.jsonl [:4]"
+        assert entry["details"]["data"]["hub_id"] is None
+        assert str(tmp_path) not in json.dumps(entry)
+    (answers, _) = evaluate_run(policy, prompts=["why"], options=options)
+    assert answers["details"]["data"] == {"source": "given rows", "hub_id": None, "split": None}
+    hub = Dataset.from_list(ROWS)
+    hub.info.download_checksums = {"hf://datasets/owner/pairs@0123abcd/x.parquet": {"num_bytes": 1, "checksum": None}}
+    assert evaluate_run(policy, data=hub, options=options)[0]["details"]["data"]["hub_id"] == "owner/pairs"
 
 
 def test_what_is_not_given_is_not_measured(policy: PolicyModel) -> None:
@@ -136,5 +153,7 @@ def test_models_that_are_not_there_or_do_not_fit_are_said(tmp_path: Path) -> Non
     alone = load_policy(tiny_model("llama"), character_tokenizer())
     with pytest.raises(ConfigError, match="pass reference="):
         evaluate_run(alone, prompts=["why"], judge=longer, options=OPTIONS)
+    with pytest.raises(ConfigError, match="nothing is asked"):
+        evaluate_run(alone, texts=["the cat"], judge=longer, options=OPTIONS)
     with pytest.raises(ConfigError, match="max_prompts=0"):
         EvaluationOptions(max_prompts=0)
