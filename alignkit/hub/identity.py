@@ -42,8 +42,12 @@ _SAID_OF_ROWS = ("label", "margin")  # beside their tokens
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "trl")
 
 
-def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def describe_base(model: PreTrainedModel | PeftModel, revision: str | None = None) -> dict[str, Any]:
     """Describe the model that a run starts from.
+
+    Args:
+        model: with or without adapters.
+        revision: the branch, tag or commit that was asked for, of a model of the Hub; by default the main branch.
 
     Returns:
         `name` (for people), `hub_id` and `revision` (`None` where the base is no repository of the Hub), `note` (what
@@ -62,7 +66,7 @@ def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         }
         facts = {"license": DEMO_LICENSE, "language": ["en"]}
     else:
-        place = _place(origin, base)
+        place = _place(origin, base, revision)
         facts = _card_facts(origin, place)
     return {
         **place,
@@ -75,15 +79,22 @@ def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     }
 
 
-def _place(origin: str, base: PreTrainedModel) -> dict[str, Any]:
+def _place(origin: str, base: PreTrainedModel, revision: str | None) -> dict[str, Any]:
     if not origin:
         return _local(f"a {type(base).__name__} made in memory", None)
     place = hub_place(origin)
     if place is None:
         return _local(last_part(origin), "a local model, which is on no Hub under this name")
     hub_id, commit = place
-    revision = commit or base.config._commit_hash
+    revision = commit or _cached_commit(hub_id, revision)
     return {"name": hub_id.split("/")[-1], "hub_id": hub_id, "revision": revision, "note": None}
+
+
+def _cached_commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit of a repository's snapshot in the Hub's cache, which a model that was loaded by name lies in."""
+    cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    place = hub_place(cached) if isinstance(cached, str) else None
+    return None if place is None else place[1]
 
 
 def _local(name: str, note: str | None) -> dict[str, Any]:

@@ -58,12 +58,16 @@ def begin_record(
     prepared = named_datasets(trainer.train_dataset, trainer.eval_dataset)
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
+    base = describe_base(model, (args.model_init_kwargs or {}).get("revision"))
     record = RunRecord(
         method=method,
         alignkit=__version__,
         created=now(),
         command=describe_command(),
-        base={**describe_base(model), "is_chat": tokenizer.chat_template is not None},
+        base={
+            **describe_base(model, (args.model_init_kwargs or {}).get("revision")),
+            "is_chat": tokenizer.chat_template is not None,
+        },
         adapter=describe_adapter(model),
         data=[describe_data(name, given[name], rows, reports.get(name)) for name, rows in prepared.items()],
         reward=list(rewards),

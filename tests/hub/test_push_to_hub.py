@@ -78,6 +78,15 @@ def test_a_dry_run_of_a_trainer_uses_no_network(client: Client, hub: HubServer, 
     assert hub.requests, "PEFT asks no longer: what keeps it from asking can go"
 
 
+@pytest.mark.parametrize("method", ["dpo", "reward", "ppo"])
+def test_a_base_of_the_hub_is_told_with_its_commit(method: str, client: Client, hub: HubServer, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", {"push_to_hub": False}
+    client.do("train", method=method, folder=str(folder), base=BASE_ID, options=options, then="save")
+    base = json.loads((folder / "run_record.json").read_text(encoding="utf-8"))["base"]
+    assert (base["hub_id"], base["revision"]) == (BASE_ID, hub.repo(BASE_ID).history()[0].sha)
+    assert base["note"] is None
+
+
 def test_no_repository_before_there_is_something_to_push(
     client: Client, hub: HubServer, base: Path, tmp_path: Path
 ) -> None:
