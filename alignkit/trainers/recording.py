@@ -64,10 +64,7 @@ def begin_record(
         alignkit=__version__,
         created=now(),
         command=describe_command(),
-        base={
-            **describe_base(model, (args.model_init_kwargs or {}).get("revision")),
-            "is_chat": tokenizer.chat_template is not None,
-        },
+        base={**base, "is_chat": tokenizer.chat_template is not None},
         adapter=describe_adapter(model),
         data=[describe_data(name, given[name], rows, reports.get(name)) for name, rows in prepared.items()],
         reward=list(rewards),
