@@ -142,7 +142,9 @@ def quantization_of(base: PreTrainedModel) -> str | None:
     """How the weights are packed: "nf4", "fp4", "int8", the name of another method, or `None`."""
     if not is_quantized(base):
         return None
-    config = base.config.quantization_config
+    config = vars(base.config).get("quantization_config")
+    if config is None:  # packed by hand, not by transformers
+        return "an unknown method"
     settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "4bit"))

@@ -21,8 +21,8 @@ from alignkit.hub import merge
 from alignkit.hub.agreement import Fp32Arithmetic, check_ids, check_texts, compare, next_token_logps
 from alignkit.hub.merge import MERGE_FILE, ROUNDING_KL, merge_adapter
 from alignkit.hub.merge_inputs import new_folder
-from alignkit.hub.record import RECORD_FILE
 from tests.hub.export_models import TEMPLATE, save_adapter, save_base, shake
+from tests.hub.record_factory import make_record
 from tests.model_factory import VOCAB_SIZE, tiny_model
 
 pytestmark = [
@@ -184,8 +184,7 @@ def test_a_base_packed_in_training_is_said(base: Path, adapter: Path, tmp_path: 
     (copy := tmp_path / "copy").mkdir()
     for file in adapter.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    record = {"format": "alignkit-run-record", "version": 1, "method": "dpo", "alignkit": "0", "created": "now"}
-    (copy / RECORD_FILE).write_text(json.dumps({**record, "base": {"quantization": "nf4"}}))
+    make_record().save(copy)  # of a run on a base packed as nf4
     (note,) = merge_adapter(copy, tmp_path / "out").notes
     assert "packed as nf4" in note
     assert "bfloat16 base" in note
