@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from alignkit.cli.commands_run import evaluation_table
 from alignkit.cli.output import AsJson, console, print_json
 from alignkit.errors import ConfigError
 from alignkit.hub.record import RECORD_FILE, RunRecord
+
+if TYPE_CHECKING:
+    from alignkit.evaluation.run import EvaluationOptions
 
 Model = Annotated[
     str,
@@ -28,6 +31,10 @@ JudgeName = Annotated[
 Reference = Annotated[
     str | None,
     typer.Option(help="What a model without an adapter was trained from: a folder or a name on the Hub."),
+]
+Frontier = Annotated[
+    str | None,
+    typer.Option(help="Reward model by which every checkpoint in the run's folder gets its reward, beside its KL."),
 ]
 Beta = Annotated[float | None, typer.Option(help="Of a policy's loss; by default the run's own, or 0.1.")]
 MaxPairs = Annotated[int | None, typer.Option(help="Score only the first pairs.")]
@@ -49,6 +56,7 @@ def evaluate(
     texts: Texts = None,
     judge: JudgeName = None,
     reference: Reference = None,
+    frontier: Frontier = None,
     beta: Beta = None,
     max_pairs: MaxPairs = None,
     max_prompts: MaxPrompts = 32,
@@ -70,14 +78,16 @@ def evaluate(
 
       alignkit eval outputs/dpo_lora --data pairs.jsonl --split "train[-300:]" --judge reward:outputs/reward_lora
 
-      alignkit eval outputs/full --reference owner/base --data pairs.jsonl
+      alignkit eval outputs/ppo_lora --data pairs.jsonl --frontier outputs/reward_lora
 
       alignkit eval me/my-adapter --data owner/pairs --judge gpt-4o-mini@https://api.openai.com/v1 --json
     """
     from alignkit.evaluation.run import EvaluationOptions, evaluate_run
     from alignkit.models.load import nf4
 
-    record = _record_of(model)
+    record, asked = _record_of(model), prompts or data
+    if frontier is not None and asked is None:
+        raise ConfigError("--frontier needs prompts to answer: give --prompts, or --data.")
     options = EvaluationOptions(
         split=split,
         beta=record.settings.get("beta") if beta is None and record is not None else beta,
@@ -89,14 +99,25 @@ def evaluate(
         quiet=as_json,
     )
     loading: dict[str, Any] = {"quantization_config": nf4()} if load_in_4bit else {}
+    given = {"data": data, "prompts": prompts, "judge": judge, "reference": reference}
     documents = None if texts is None else _documents(texts)
-    given = {"data": data, "prompts": prompts, "texts": documents, "judge": judge, "reference": reference}
-    found = evaluate_run(model, options=options, **given, **loading)
+    found = evaluate_run(model, options=options, texts=documents, **given, **loading)
+    if frontier is not None and asked is not None:
+        found.append(_frontier(model, frontier, asked, options, loading))
     _print(model, found, as_json)
     if keep and record is not None:  # last, since a folder that cannot be written must not cost what was measured
         written = _add(found, record, Path(model).expanduser())
-        if not as_json:
-            console().print(written, markup=False)
+        typer.echo(written, err=as_json)
+
+
+def _frontier(
+    run: str, reward: str, prompts: str, options: EvaluationOptions, loading: dict[str, Any]
+) -> dict[str, Any]:
+    from alignkit.evaluation.frontier import frontier_entry, reward_kl_frontier
+
+    how = {"max_new_tokens": options.max_new_tokens, "each": options.samples_per_prompt, "seed": options.seed}
+    drawn = {"count": options.max_prompts, "split": options.split, "quiet": options.quiet}
+    return frontier_entry(reward_kl_frontier(Path(run).expanduser(), prompts, reward, **how, **drawn, **loading))
 
 
 def _print(model: str, found: list[dict[str, Any]], as_json: bool) -> None:

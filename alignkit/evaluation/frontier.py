@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from alignkit.errors import DataError, TrainingError
 from alignkit.evaluation.divergence import Samples, sample_policy
-from alignkit.evaluation.estimates import Estimate, cluster_mean_interval
+from alignkit.evaluation.estimates import Estimate, as_json, cluster_mean_interval
 from alignkit.evaluation.judges import make_reward_source, source_rewards
 from alignkit.evaluation.models import PolicyModel, load_policy
 from alignkit.rollout.reward import RewardSource
@@ -104,6 +104,16 @@ def reward_kl_frontier(
         policy = load_policy(checkpoint, **loading)
         points.append(_point(name, policy, sample_policy(policy, prompts, quiet=quiet, **asked), source))
     return points
+
+
+def frontier_entry(points: Sequence[FrontierPoint]) -> dict[str, Any]:
+    """Return the points as an entry for a run's record: reward and KL of each checkpoint, by its name."""
+    metrics = {}
+    for point in points:
+        metrics |= {f"{point.name}/reward": point.reward, f"{point.name}/kl": point.kl}
+    details = {"points": [point.as_dict() for point in points]}
+    rows = sum(point.completions for point in points)
+    return as_json({"name": "frontier", "rows": rows, "metrics": metrics, "baseline": None, "details": details})
 
 
 def _point(name: str, policy: PolicyModel, samples: Samples, source: RewardSource) -> FrontierPoint:

@@ -36,6 +36,7 @@ _EVALUATIONS = {
     "injections": "verdicts that text inside an answer turned",
     "perplexity": "perplexity",
     "reward_bench": "accuracy by subset",
+    "frontier": "reward and KL of the run's checkpoints",
 }
 
 
