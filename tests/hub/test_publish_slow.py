@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from alignkit.models.adapters import peft_warnings
 from alignkit.models.demo import DEMO_HUB_ID, demo_model_path
 from tests.hub.conftest import OWNER_TOKEN
 from tests.hub_server import HubServer, two_processes
-from tests.hub_server.client import ROOT, Client
+from tests.hub_server.client import ROOT, Client, inherited_environment
 from tests.tiny_preferences import lora, randomise_adapter
 
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ def test_two_processes_publish_once_and_both_know(owner: str, hub: HubServer, ba
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += ["-m", two_processes.__name__, str(tmp_path), str(base), repo_id]
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER_TOKEN, "HF_HOME": str(tmp_path / "home")}
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**inherited_environment(), **settings, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"outcome-{rank}.json").read_text()) for rank in range(2))

@@ -28,11 +28,16 @@ class Reply(NamedTuple):
     output: str
 
 
+def inherited_environment() -> dict[str, str]:
+    """The environment without what would lead a client elsewhere, keep it offline or give it a token."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+
+
 class Client:
     """A process in which the real huggingface_hub talks to the server at `url`."""
 
     def __init__(self, url: str, token: str, home: Path, *, xet: bool, **environment: str) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+        inherited = inherited_environment()
         settings = {
             "HF_ENDPOINT": url,
             "HF_TOKEN": token,
