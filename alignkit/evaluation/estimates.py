@@ -7,7 +7,7 @@ that eight answers to one prompt do not count as eight prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,13 +48,8 @@ class McNemar(NamedTuple):
     p_value: float
 
 
-def plain_estimate(estimate: Estimate) -> dict[str, float | None]:
-    """Return the estimate for JSON: `value`, `low`, `high`, with None for what is not a finite number."""
-    return {name: number if math.isfinite(number) else None for name, number in estimate._asdict().items()}
-
-
 def single_value(value: float) -> Estimate:
-    """A value without an interval, such as a count: its ends are NaN, which `plain_estimate` writes as None."""
+    """A value without an interval, such as a count: its ends are NaN, which a record holds as None."""
     return Estimate(float(value), math.nan, math.nan)
 
 
@@ -293,16 +288,3 @@ def _difference(high: Floats, low: Floats, axis: int) -> Floats:
 
 def _ratio(totals: Floats, counts: Floats, axis: int) -> Floats:
     return totals.sum(axis=axis) / counts.sum(axis=axis)
-
-
-def as_json(value: Any) -> Any:
-    """Return plain values: estimates as mappings, numbers that JSON does not know as None, tuples as lists."""
-    if isinstance(value, Estimate):
-        return plain_estimate(value)
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer | np.bool_):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value

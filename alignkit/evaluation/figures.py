@@ -48,19 +48,9 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def both_sides(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metrics of an evaluation after and before.
-
-    Before is its `baseline`, or metrics of the same mapping whose names say so: `reference/tokens` beside
-    `policy/tokens`, `reference_perplexity` beside `perplexity`.
-    """
-    metrics = mapping(evaluation.get("metrics"))
-    after, before = dict(metrics), dict(mapping(evaluation.get("baseline")))
-    for name in metrics:
-        plain = name.removeprefix("reference/").removeprefix("reference_")
-        if plain != name and not {plain, f"policy/{plain}"}.isdisjoint(metrics):
-            before[plain] = after.pop(name)
-    return {name.removeprefix("policy/"): value for name, value in after.items()}, before
+def both_sides(evaluation: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the metrics of an evaluation after and before."""
+    return mapping(evaluation.get("metrics")), mapping(evaluation.get("baseline"))
 
 
 def is_share(name: str) -> bool:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from alignkit.errors import DataError, TrainingError
 from alignkit.evaluation.divergence import Samples, sample_policy
-from alignkit.evaluation.estimates import Estimate, as_json, cluster_mean_interval
+from alignkit.evaluation.estimates import Estimate, cluster_mean_interval
 from alignkit.evaluation.judges import make_reward_source, source_rewards
 from alignkit.evaluation.models import PolicyModel, load_policy
+from alignkit.hub.record import plain
 from alignkit.rollout.reward import RewardSource
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -113,7 +114,7 @@ def frontier_entry(points: Sequence[FrontierPoint]) -> dict[str, Any]:
         metrics |= {f"{point.name}/reward": point.reward, f"{point.name}/kl": point.kl}
     details = {"points": [point.as_dict() for point in points]}
     rows = sum(point.completions for point in points)
-    return as_json({"name": "frontier", "rows": rows, "metrics": metrics, "baseline": None, "details": details})
+    return plain({"name": "frontier", "rows": rows, "metrics": metrics, "baseline": None, "details": details})
 
 
 def _point(name: str, policy: PolicyModel, samples: Samples, source: RewardSource) -> FrontierPoint:

@@ -16,7 +16,7 @@ from alignkit.data.sources import load_preferences
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.divergence import kl_from_reference
 from alignkit.evaluation.diversity import TextSummary, summarize_texts
-from alignkit.evaluation.estimates import Estimate, as_json, single_value
+from alignkit.evaluation.estimates import Estimate, single_value
 from alignkit.evaluation.generation import SideBySide, side_by_side
 from alignkit.evaluation.injections import NothingRightError, injection_resistance
 from alignkit.evaluation.judges import Judge, make_judge
@@ -28,6 +28,7 @@ from alignkit.evaluation.reward_bench import SubsetAccuracy, subset_accuracy
 from alignkit.evaluation.win_rate import WinRate, win_rate
 from alignkit.hub.discretion import is_path, last_part
 from alignkit.hub.identity import describe_data
+from alignkit.hub.record import plain
 from alignkit.models.reward_files import RewardModel
 
 Evaluation = dict[str, Any]
@@ -170,7 +171,7 @@ def entry(
         None if figures is None else {metric: value for metric, value in figures.items() if value is not None}
         for figures in (metrics, baseline)
     )
-    return as_json({"name": name, "rows": rows, "metrics": found, "baseline": before, "details": details})
+    return plain({"name": name, "rows": rows, "metrics": found, "baseline": before, "details": details})
 
 
 def _loaded(data: Any, options: EvaluationOptions) -> Any:

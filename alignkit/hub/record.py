@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from alignkit.errors import DataError, nearest
 from alignkit.hub.record_shape import first_fault
 
@@ -205,6 +207,8 @@ def plain(value: Any) -> Any:
         value = cast(Any, value)._asdict()
     if value is None or isinstance(value, bool | int | str):
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, numbers.Integral):  # NumPy's too
         return int(value)
     if isinstance(value, numbers.Real):

@@ -166,21 +166,21 @@ def test_the_longer_answer_is_a_baseline_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "name"),
+    ("metrics", "baseline", "name"),
     [
-        ({"policy/tokens": 60.0, "reference/tokens": 30.0}, "answers that grew longer"),
-        ({"k1": estimate(30.0, 25.0, 35.0)}, "far from the reference"),
+        ({"tokens": 60.0}, {"tokens": 30.0}, "answers that grew longer"),
+        ({"k1": estimate(30.0, 25.0, 35.0)}, None, "far from the reference"),
     ],
 )
-def test_evaluations_that_hold_both_sides_are_read(metrics: dict[str, Any], name: str) -> None:
+def test_later_evaluations_are_read(metrics: dict[str, Any], baseline: dict[str, Any] | None, name: str) -> None:
     record = dpo_record()
-    record.add_evaluation("answers", metrics, rows=200)
+    record.add_evaluation("answers", metrics, rows=200, baseline=baseline)
     assert names(record) == [name]
 
 
 def test_how_a_later_evaluation_was_cut_is_no_fault_of_the_training() -> None:
     record = dpo_record()
-    record.add_evaluation("answers", {"policy/finished": 0.3, "reference/finished": 0.9}, rows=200)
+    record.add_evaluation("answers", {"finished": 0.3}, rows=200, baseline={"finished": 0.9})
     assert names(record) == []
 
 

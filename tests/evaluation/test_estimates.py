@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 
@@ -17,16 +16,13 @@ from alignkit.evaluation.estimates import (
     SEED,
     Estimate,
     accuracy_interval,
-    as_json,
     cluster_mean_interval,
     mcnemar,
     mean_interval,
     paired_difference_interval,
-    plain_estimate,
     ranking_interval,
     rate_interval,
     ratio_interval,
-    single_value,
     weighted_share_interval,
     wins,
 )
@@ -156,17 +152,6 @@ def test_what_does_not_match_is_refused() -> None:
         mcnemar([True], [True, False])
     with pytest.raises(DataError, match="positive weight"):
         weighted_share_interval([accuracy_interval(1, 2)], [0.0])
-
-
-def test_json_never_holds_what_json_does_not_know() -> None:
-    value = {"a": single_value(1.5), "b": [math.nan, np.float64(2.0), np.int64(3)], "c": Estimate(0.5, -math.inf, 1)}
-    plain = as_json(value)
-    assert json.loads(json.dumps(plain, allow_nan=False)) == {
-        "a": {"value": 1.5, "low": None, "high": None},
-        "b": [None, 2.0, 3],
-        "c": {"value": 0.5, "low": None, "high": 1},
-    }
-    assert plain_estimate(Estimate(math.nan, 0.0, 1.0)) == {"value": None, "low": 0.0, "high": 1.0}
 
 
 def coverage(draw: Callable[[np.random.Generator], Estimate], truth: float, replications: int) -> float:

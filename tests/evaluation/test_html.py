@@ -150,13 +150,13 @@ def test_accuracy_is_drawn_on_the_scale_of_its_baseline() -> None:
 
 def test_metrics_of_both_sides_share_a_row() -> None:
     metrics = {
-        "policy/tokens": estimate(28.0, 26.0, 30.0),
-        "reference/tokens": estimate(35.0, 33.0, 37.0),
+        "tokens": estimate(28.0, 26.0, 30.0),
         "perplexity": 11.5,
-        "reference_perplexity": 12.5,
         "subset/donotanswer": estimate(0.6, 0.5, 0.7),
     }
-    text = Page(render_report(dpo_record(evaluations=[{"name": "answers", "rows": 9, "metrics": metrics}])))
+    baseline = {"tokens": estimate(35.0, 33.0, 37.0), "perplexity": 12.5}
+    answers = {"name": "answers", "rows": 9, "metrics": metrics, "baseline": baseline}
+    text = Page(render_report(dpo_record(evaluations=[answers])))
     shown = text.text("evaluations")
     assert "tokens per answer 35.00[33.00, 37.00] 28.00[26.00, 30.00] −7.000" in shown
     assert "perplexity 12.50 11.50 −1.000" in shown

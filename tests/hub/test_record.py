@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.evaluation.preference import Estimate
+from alignkit.evaluation.estimates import Estimate, single_value
 from alignkit.hub.card import render_card
 from alignkit.hub.record import RECORD_FILE, RunRecord, plain
 from tests.hub.record_factory import make_record
@@ -95,6 +95,21 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
     (tmp_path / RECORD_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         RunRecord.load(tmp_path)
+
+
+def test_estimates_and_numbers_of_numpy_are_plain() -> None:
+    value = {
+        "a": single_value(1.5),
+        "b": [math.nan, np.float64(2.0), np.int64(3), np.bool_(True)],
+        "c": Estimate(0.5, -math.inf, 1),
+        "d": Estimate(math.nan, 0.0, 1.0),
+    }
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == {
+        "a": {"value": 1.5, "low": None, "high": None},
+        "b": [None, 2.0, 3, True],
+        "c": {"value": 0.5, "low": None, "high": 1},
+        "d": {"value": None, "low": 0.0, "high": 1.0},
+    }
 
 
 @pytest.mark.parametrize(
