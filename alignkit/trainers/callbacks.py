@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from alignkit.errors import CheckpointError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.bundle import POLICY, ModelBundle
 from alignkit.models.reference_sync import sync_reference_adapter
@@ -28,18 +27,11 @@ DISPLACEMENT_WINDOWS = 3
 class SyncReference(TrainerCallback):
     """TR-DPO (arXiv 2404.09656): move the reference towards the policy every `ref_model_sync_steps` steps.
 
-    A reference adapter is saved with every checkpoint; a whole reference model is not, so such a run cannot resume.
+    Checkpoints hold the reference: as an adapter, or among the states that the trainer registers.
     """
 
     def __init__(self, bundle: ModelBundle) -> None:
         self.bundle = bundle
-
-    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bundle.reference is not None and state.global_step >= args.ref_model_sync_steps:
-            raise CheckpointError(
-                f"sync_ref_model had moved the reference by step {state.global_step}, and checkpoints of a model that "
-                "is trained whole do not hold it. Start anew, or train a LoRA adapter, whose reference is saved."
-            )
 
     @torch.no_grad()
     def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -68,6 +60,14 @@ class DisplacementGuard(TrainerCallback):
         self.windows = 0
         self.has_warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many windows running showed it, and whether it was told."""
+        return {"windows": self.windows, "has_warned": self.has_warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set both."""
+        self.windows, self.has_warned = state_dict["windows"], state_dict["has_warned"]
+
     def on_log(
         self,
         args: DPOConfig,
@@ -91,6 +91,11 @@ class DisplacementGuard(TrainerCallback):
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def moving_reference(bundle: ModelBundle, args: DPOConfig) -> dict[str, Any]:
+    """The reference as something to save, where it moves and is a model; an adapter is among the model's files."""
+    return {"reference": bundle.reference} if args.sync_ref_model and bundle.reference is not None else {}
 
 
 def dpo_callbacks(bundle: ModelBundle, args: DPOConfig, beta: float) -> list[TrainerCallback]:

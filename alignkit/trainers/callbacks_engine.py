@@ -41,6 +41,14 @@ class LiveGradients(TrainerCallback):
     def __init__(self) -> None:
         self.dead_steps = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The number of such steps running."""
+        return {"dead_steps": self.dead_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set it."""
+        self.dead_steps = state_dict["dead_steps"]
+
     def on_pre_optimizer_step(
         self, args: EngineConfig, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:

@@ -95,6 +95,15 @@ class EngineConfig(TrainingArguments):
         default=0.2, metadata={"help": "Fraction of rows that may be unusable before that is an error."}
     )
 
+    # --- resuming ---
+    weights_only_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume with a checkpoint's weights and step alone: optimizer, random numbers and logging begin "
+            "anew. For checkpoints that lack them, or of a run that was set up differently."
+        },
+    )
+
     # --- memory ---
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep the activations that backward needs in CPU memory."}

@@ -18,7 +18,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from alignkit.data.collate import EXTRA_COLUMNS, ID_COLUMNS, DPOCollator, add_columns
 from alignkit.data.layout import Layout
@@ -27,7 +27,8 @@ from alignkit.data.report import PreparationReport
 from alignkit.errors import ConfigError
 from alignkit.functional.preference import LOSSES, PairLogps, PairTokens, PreferenceLoss
 from alignkit.models.scoring import STATISTICS_TOKENS, TokenScores, even_sample
-from alignkit.trainers.callbacks import dpo_callbacks
+from alignkit.trainers.callbacks import dpo_callbacks, moving_reference
+from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
@@ -49,7 +50,7 @@ from alignkit.trainers.passes import (
 )
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
-from alignkit.trainers.recording import begin_record, save_description
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.reference_cache import with_reference_logps
 from alignkit.trainers.setup import (
     AnyDataset,
@@ -66,7 +67,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class DPOTrainer(PublishesToHub, Trainer):
+class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
     """Direct preference optimization (arXiv 2305.18290) and its relatives, with TRL 1.16's constructor.
 
     Args:
@@ -154,6 +155,7 @@ class DPOTrainer(PublishesToHub, Trainer):
         self.model.add_model_tags(list(self._tag_names))
         method = "kto" if self.objective.is_unpaired else "dpo"
         self.record = begin_record(self, method, train_dataset, eval_dataset, self.reports)
+        self.begin_checkpoints({"window/train": self._windows["train"]}, moving_reference(self.bundle, args))
         if args.precompute_ref_log_probs:
             self.train_dataset = with_reference_logps(self, self.train_dataset, "train")
             self.eval_dataset = each_dataset(self.eval_dataset, partial(with_reference_logps, self), "eval")
@@ -201,13 +203,6 @@ class DPOTrainer(PublishesToHub, Trainer):
         means = self._windows["eval"].means(self.accelerator)
         (output.metrics or {}).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; `args.resume_from_checkpoint` counts where none is given here."""
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._throughput.reset()
-        return super().train(resume_from_checkpoint, **kwargs)
 
     # --- one step ---
 
@@ -372,11 +367,13 @@ class DPOTrainer(PublishesToHub, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or str(self.args.output_dir))
-        if not self.args.should_save:
-            return
-        if not (self.args.sync_ref_model and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
+    @property
+    def states_hold_reference(self) -> bool:
+        """Whether `sync_ref_model` moves the reference."""
+        return self.args.sync_ref_model
+
+    def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the policy; a reference adapter only into checkpoints, and only if it moves."""
+        super().save_files(folder, state_dict)
+        if not (self.args.sync_ref_model and self.is_saving_checkpoint):
             remove_reference(folder, self.bundle)
-        save_description(self, folder)

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -40,10 +40,18 @@ class MetricWindow:
         values = values.detach().double()
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         if name in self._sums:
-            self._sums[name] += values.sum()
-            self._counts[name] += count
+            self._sums[name] = self._sums[name].to(values.device) + values.sum()
+            self._counts[name] = self._counts[name].to(values.device) + count
         else:
             self._sums[name], self._counts[name] = values.sum(), count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the open window."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}  # tensors here are replaced, never changed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the open window to what `state_dict` returned."""
+        self._sums, self._counts = dict(state_dict["sums"]), dict(state_dict["counts"])
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Return each metric's mean over all processes, and start a new window. Metrics without items are left out."""

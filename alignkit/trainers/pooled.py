@@ -35,7 +35,7 @@ class Pooled(NamedTuple):
 
     def merged(self, other: Pooled) -> Pooled:
         """Return the figure, of the same kind, of both's items together."""
-        return Pooled(self.kind, self.sums + other.sums.to(self.sums.device))
+        return Pooled(self.kind, self.sums.to(other.sums.device) + other.sums)
 
 
 def mean(values: Tensor) -> Pooled:
@@ -106,15 +106,12 @@ class PooledWindow:
         return {name: value for name, value in read.items() if value is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the open window, as values that JSON can hold."""
-        return {name: {"kind": figure.kind, "sums": figure.sums.tolist()} for name, figure in self._figures.items()}
+        """Return the open window."""
+        return {name: {"kind": figure.kind, "sums": figure.sums} for name, figure in self._figures.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the open window to what `state_dict` returned."""
-        self._figures = {
-            name: Pooled(saved["kind"], torch.tensor(saved["sums"], dtype=torch.float64))
-            for name, saved in state.items()
-        }
+        self._figures = {name: Pooled(saved["kind"], saved["sums"]) for name, saved in state.items()}
 
 
 def _sums(first: Tensor, *others: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput
 
 from alignkit.data.prompts import prepare_prompts
 from alignkit.data.report import PreparationReport
@@ -23,12 +21,13 @@ from alignkit.models.bundle import POLICY, REFERENCE
 from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
 from alignkit.trainers.callbacks_engine import PauseScaler, engine_callbacks
+from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import Batch, accelerator_arguments, accumulate, passes_of
 from alignkit.trainers.pooled import Pooled, PooledWindow
-from alignkit.trainers.ppo_callbacks import PPOEvent, call_event, reporting_callbacks, steps_per_rollout
+from alignkit.trainers.ppo_callbacks import PPOEvent, SaveBoundaries, call_event, reporting_callbacks, steps_per_rollout
 from alignkit.trainers.ppo_collect import collect_rollout
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_data import RolloutLoader, RolloutSampler
@@ -47,14 +46,14 @@ from alignkit.trainers.ppo_setup import (
 )
 from alignkit.trainers.ppo_state import (
     PPOState,
+    check_between_rollouts,
     load_value_head,
-    read_state,
-    save_state,
+    save_value_head,
     split_learning_rates,
 )
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
-from alignkit.trainers.recording import begin_record, save_description
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.setup import (
     AnyDataset,
     build_tokenizer,
@@ -65,7 +64,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class PPOTrainer(PublishesToHub, Trainer):
+class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
     """Proximal policy optimisation (arXiv 1707.06347; for language models 2203.02155) on one base.
 
     Policy and critic are trained in Trainer's own loop; the reference is the base without the policy's adapter, or the
@@ -157,13 +156,13 @@ class PPOTrainer(PublishesToHub, Trainer):
         self.ppo_state = PPOState(args.kl_coef)
         self._minibatch, self._throughput = PooledWindow(), Throughput()  # the former of the optimizer step before
         self._is_stopped = False  # the rest of this rollout's steps is skipped
-        self._content: dict[str, Any] | None = None  # of the checkpoint that is being written, if one is
-        own = *engine_callbacks(self.bundle, args), PauseScaler(self.accelerator, lambda: self._is_stopped)
-        for callback in (*own, *reporting_callbacks(callbacks or ())):
+        own = PauseScaler(self.accelerator, lambda: self._is_stopped), SaveBoundaries(self)
+        for callback in (*engine_callbacks(self.bundle, args), *own, *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
+        self.begin_checkpoints({"ppo": self.ppo_state})
 
     # --- data ---
 
@@ -189,13 +188,6 @@ class PPOTrainer(PublishesToHub, Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         """Prompts of one epoch."""
         return len(cast(Dataset, self.train_dataset))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; `args.resume_from_checkpoint` counts where none is given here."""
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._throughput.reset()
-        return super().train(resume_from_checkpoint, **kwargs)
 
     # --- rollouts ---
 
@@ -358,30 +350,24 @@ class PPOTrainer(PublishesToHub, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._content = self.ppo_state.content(self.accelerator)  # of all processes, and only the first one writes
-        super()._save_checkpoint(model, trial)
-        self._content = None
+    def check_resumable(self, folder: Path, step: int) -> None:
+        """Refuse a checkpoint from the middle of a rollout."""
+        check_between_rollouts(folder, step, self.args)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the policy's adapter alone; in a checkpoint, the other adapters, the value head and the state too."""
-        if not self.args.should_save:
-            return
-        folder, model = Path(output_dir or str(self.args.output_dir)), cast(PeftModel, self.model)
-        adapters = [cast(str, self.bundle.adapters[POLICY])] if self._content is None else None
-        model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        if self._content is not None:
-            save_state(folder, self._content, self.bundle)
-        save_description(self, folder)
+    def can_save_now(self, step: int) -> bool:
+        """Whether no rollout is open: its episodes are no part of a checkpoint."""
+        return step % steps_per_rollout(self.args) == 0
+
+    def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the policy's adapter alone; into a checkpoint, the other adapters and the value head too."""
+        adapters = None if self.is_saving_checkpoint else [cast(str, self.bundle.adapters[POLICY])]
+        cast(PeftModel, self.model).save_pretrained(str(folder), selected_adapters=adapters, state_dict=state_dict)
+        if self.is_saving_checkpoint:
+            save_value_head(folder, self.bundle)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        content = read_state(folder, self.bundle, self.args)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.ppo_state.load(content, self.accelerator)
-        self._load_critic(folder)
+        self._load_critic(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -33,6 +33,7 @@ from alignkit.trainers.ppo_samples import (
     samples_table,
     send_to_trackers,
 )
+from alignkit.trainers.saving import SavesWhole
 
 logger = logging.getLogger(__name__)
 
@@ -302,3 +303,24 @@ def reporting_callbacks(given: Sequence[TrainerCallback | type[TrainerCallback]]
     kinds = [each if isinstance(each, type) else type(each) for each in given]
     reports = (RolloutCallback, RewardCallback, ValueCallback)
     return [report() for report in reports if not any(issubclass(kind, report) for kind in kinds)]
+
+
+class SaveBoundaries(TrainerCallback):
+    """Ask for a checkpoint at the end of every rollout's steps.
+
+    Between them a rollout is open, and a checkpoint would lack its episodes: a run that is stopped there goes on from
+    the last boundary. Of the checkpoints that only this asks for, the newest alone is kept.
+
+    Args:
+        trainer: is told whether the checkpoint that comes is one that the user asked for.
+    """
+
+    def __init__(self, trainer: SavesWhole) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.is_scheduled = True
+        steps = steps_per_rollout(args)
+        if args.save_strategy != "no" and steps > 1 and state.global_step % steps == 0:
+            self.trainer.is_scheduled = control.should_save
+            control.should_save = True

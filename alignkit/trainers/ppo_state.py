@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alignkit.errors import CheckpointError
 from alignkit.functional.kl import adaptive_kl_coef
@@ -26,7 +23,6 @@ from alignkit.trainers.pooled import PooledWindow
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
 
-STATE_FILE = "ppo_state.json"
 VALUE_FILE = "value_head.safetensors"
 
 
@@ -44,25 +40,19 @@ class PPOState:
             self.kl_coef, kl.mean().item(), target=target, horizon=horizon, episodes=len(kl)
         )
 
-    def content(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Everything as JSON, the window's figures over all processes; every process calls this."""
-        window = self.window.state_dict()
-        names = sorted(window)
-        if names:
-            mine = [torch.tensor(window[name]["sums"], dtype=torch.float64) for name in names]
-            pooled = cast(Tensor, accelerator.reduce(torch.cat(mine).to(accelerator.device), reduction="sum"))
-            for name, sums in zip(names, pooled.split([len(part) for part in mine]), strict=True):
-                window[name]["sums"] = sums.tolist()
-        return {"kl_coef": self.kl_coef, "moments": self.moments.state_dict(), "window": window}
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
+        return {
+            "kl_coef": self.kl_coef,
+            "moments": self.moments.state_dict(),
+            "window": self.window.state_dict(),
+        }
 
-    def load(self, content: dict[str, Any], accelerator: Accelerator) -> None:
-        """Set everything to what `content` returned; the window's figures go to the main process alone."""
-        self.kl_coef = content["kl_coef"]
-        self.moments.load_state_dict(content["moments"])
-        window = content["window"]
-        if not accelerator.is_main_process:  # zeros, because all processes must have the same names
-            window = {name: saved | {"sums": [0.0] * len(saved["sums"])} for name, saved in window.items()}
-        self.window.load_state_dict(window)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set everything to what `state_dict` returned."""
+        self.kl_coef = state_dict["kl_coef"]
+        self.moments.load_state_dict(state_dict["moments"])
+        self.window.load_state_dict(state_dict["window"])
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -77,36 +67,25 @@ def pooled_moments(moments: Moments, accelerator: Accelerator) -> Moments:
     return Moments(*(value.float().cpu() for value in pool_moments(Moments(*parts.unbind(1)))))
 
 
-def save_state(folder: Path, content: dict[str, Any], bundle: ModelBundle) -> None:
-    """Write the state, and the value head, which PEFT does not know, into a checkpoint."""
-    (folder / STATE_FILE).write_text(json.dumps(content))
+def save_value_head(folder: Path, bundle: ModelBundle) -> None:
+    """Write the value head, which PEFT does not know, into a checkpoint."""
     if VALUE in bundle.heads:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in _value_head(bundle).state_dict().items()}
         save_file(tensors, folder / VALUE_FILE)
 
 
-def read_state(folder: Path, bundle: ModelBundle, args: PPOConfig) -> dict[str, Any]:
-    """Read the state of a checkpoint, after looking the checkpoint over.
+def check_between_rollouts(folder: Path, step: int, args: PPOConfig) -> None:
+    """Check that a checkpoint does not come from the middle of a rollout.
 
     Raises:
-        CheckpointError: a checkpoint of another trainer, an incomplete one, or one from the middle of a rollout.
+        CheckpointError: it does.
     """
-    # Trainer itself would begin anew, without a word, with an optimizer or a schedule that it does not find.
-    wanted = [STATE_FILE, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME]
-    wanted += [VALUE_FILE] if VALUE in bundle.heads else []
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
+    steps = steps_per_rollout(args)
+    if step % steps and not 0 < args.max_steps <= step:  # a run that has ended has nothing more to do
         raise CheckpointError(
-            f"{folder} has no {', '.join(missing)}: it is not a whole checkpoint of PPOTrainer. Resume from another, "
-            "or start anew from this one's adapter."
+            f"{folder} was made at step {step}, within a rollout of {steps} optimizer steps, whose episodes are gone. "
+            "Resume from a checkpoint between rollouts, or start anew from this one's adapter."
         )
-    state, steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)), steps_per_rollout(args)
-    if state.global_step % steps:
-        raise CheckpointError(
-            f"{folder} was made at step {state.global_step}, within a rollout of {steps} optimizer steps, whose "
-            "episodes are gone. Resume from a checkpoint between rollouts, or start anew from this one's adapter."
-        )
-    return json.loads((folder / STATE_FILE).read_text())
 
 
 def load_value_head(folder: Path, bundle: ModelBundle) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from alignkit import __version__
 from alignkit.data.report import PreparationReport
@@ -130,14 +129,12 @@ def describe_usage(state: TrainerState, args: TrainingArguments, first_step: int
 
 
 def save_description(trainer: Any, folder: str | Path) -> None:
-    """Write the run's record and card into a folder that a model was saved in; a checkpoint has neither.
+    """Write the run's record and card into a folder that a model was saved in.
 
     Args:
         trainer: a trainer with a `record`.
         folder: where its model lies.
     """
-    if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-        return
     record: RunRecord = trainer.record
     record.log = [dict(entry) for entry in trainer.state.log_history]
     record.save(folder)

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from alignkit.data.collate import ID_COLUMNS, DPOCollator
 from alignkit.data.layout import Layout
@@ -24,6 +24,7 @@ from alignkit.models.bundle import REWARD, ModelBundle
 from alignkit.models.heads import SCORE
 from alignkit.models.reward_files import save_classifier
 from alignkit.trainers.callbacks_engine import engine_callbacks
+from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
 from alignkit.trainers.metrics import Throughput, add_window_metrics
@@ -38,7 +39,7 @@ from alignkit.trainers.passes import (
 )
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
-from alignkit.trainers.recording import begin_record, save_description
+from alignkit.trainers.recording import begin_record
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.reward_metrics import RewardWindow, ensemble_metrics, reward_metrics, uncertainty_metrics
 from alignkit.trainers.reward_setup import check_reward_data, reward_tokenizer
@@ -54,7 +55,7 @@ from alignkit.trainers.setup import (
 COLUMNS = (*ID_COLUMNS, "margin", "weight")
 
 
-class RewardTrainer(PublishesToHub, Trainer):
+class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
     """A reward model from preferences (Bradley-Terry; arXiv 2203.02155, Eq. 1), with TRL 1.16's constructor.
 
     The model stays a causal language model with a head `score` beside its output layer, which never runs: a pair's
@@ -148,6 +149,7 @@ class RewardTrainer(PublishesToHub, Trainer):
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "reward", train_dataset, eval_dataset, self.reports)
+        self.begin_checkpoints({"window/train": self._windows["train"]})
 
     # --- data ---
 
@@ -194,13 +196,6 @@ class RewardTrainer(PublishesToHub, Trainer):
         means = self._windows["eval"].means(self.accelerator)
         (output.metrics or {}).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; `args.resume_from_checkpoint` counts where none is given here."""
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._throughput.reset()
-        return super().train(resume_from_checkpoint, **kwargs)
 
     # --- one step ---
 
@@ -290,13 +285,10 @@ class RewardTrainer(PublishesToHub, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = str(output_dir or self.args.output_dir)
+    def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the adapter, or the classifier where a model is trained whole."""
+        super().save_files(folder, state_dict)
         if not isinstance(self.model, PeftModel):
             # over the causal language model that Trainer saved, whose output layer means nothing here
             pad = cast(int, self.processing_class.pad_token_id)
-            save_classifier(self.model, folder, pad_token_id=pad, state_dict=state_dict)
-        save_description(self, folder)
+            save_classifier(self.model, str(folder), pad_token_id=pad, state_dict=state_dict)

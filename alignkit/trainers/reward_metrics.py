@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -49,11 +49,19 @@ class RewardWindow:
         both = [column for pair in zip(first, second, strict=True) for column in pair]
         self._rows.append(torch.stack([*both, torch.ones_like(both[0])], dim=1))  # (B, 7); the ones mark real rows
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the open window."""
+        return {"rows": list(self._rows)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the open window to what `state_dict` returned."""
+        self._rows = list(state_dict["rows"])
+
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the metrics of the pairs of all processes, and start a new window."""
         if not self._rows:
             return {}
-        mine = torch.cat(self._rows)
+        mine = torch.cat([rows.to(accelerator.device) for rows in self._rows])
         self._rows = []
         padded = accelerator.pad_across_processes(mine, dim=0)  # with zeros
         rows = cast(Tensor, accelerator.gather(padded)).cpu()

@@ -262,6 +262,7 @@ def test_defaults_of_our_own():
         "layout": "auto",
         "max_tokens_per_forward": "auto",
         "max_drop_fraction": 0.2,
+        "weights_only_resume": False,
         "simpo_gamma": 0.5,
         "cpo_alpha": 1.0,
         "dpop_lambda": 50.0,

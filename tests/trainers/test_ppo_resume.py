@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from alignkit.checkpoint.manifest import read_manifest, seal
+from alignkit.checkpoint.states import read_states, write_states
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.models.adapters import peft_warnings
 from tests.model_factory import tiny_model
@@ -27,7 +29,17 @@ from tests.trainers.ppo_run import trainer
 ROOT = Path(__file__).resolve().parents[2]
 # Clock, throughput and memory.
 TIMED = ("_per_second", "runtime", "peak_memory_bytes", "total_flos", "train_loss")
+STATES = "states_0.safetensors"
 FILES = ("adapter_model.safetensors", "value/adapter_model.safetensors", "value_head.safetensors")
+
+
+# A longer run does not change it.
+CONSTANT: dict[str, Any] = {
+    "num_ppo_epochs": 4,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "lr_scheduler_type": "constant",
+}
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -51,10 +63,10 @@ def differences(found: Path, expected: Path) -> list[str]:
     for name in ("optimizer.pt", "scheduler.pt"):
         states = [torch.load(folder / name, weights_only=True) for folder in (found, expected)]
         differing += [] if equal(*states) else [name]
-    states = [json.loads((folder / "ppo_state.json").read_text()) for folder in (found, expected)]
+    states = [read_states(folder / STATES) for folder in (found, expected)]
     for state in states:
-        state["window"].pop("completions/tokens_per_second", None)
-    differing += [] if equal(*states) else ["ppo_state.json"]
+        state["states"]["ppo"]["window"].pop("completions/tokens_per_second", None)
+    differing += [] if equal(*states) else [STATES]
     return differing + ([] if history(found) == history(expected) else ["log_history"])
 
 
@@ -70,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, whole: Path):
     trainer(tmp_path).train(str(whole / "checkpoint-8"))
     assert differences(tmp_path / "checkpoint-16", whole / "checkpoint-16") == []
     assert [entry["step"] for entry in history(tmp_path / "checkpoint-16")] == [3, 6, 9, 12, 15]
-    state = json.loads((whole / "checkpoint-16" / "ppo_state.json").read_text())
+    state = read_states(whole / "checkpoint-16" / STATES)["states"]["ppo"]
     assert state["kl_coef"] != ppo_run.OPTIONS.get("kl_coef", 0.05)
     assert state["moments"]["count"] == 4 * 4 * 2
     assert state["window"]["loss"]["sums"][1] == 1  # step 16 is not logged yet
@@ -79,8 +91,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, whole: Path):
 def test_what_is_not_restored_would_be_seen(tmp_path: Path, whole: Path):
     changed = tmp_path / "checkpoint-8"
     shutil.copytree(whole / "checkpoint-8", changed)
+    manifest = read_manifest(changed)
     for edit in ("kl_coef", "moments", "window", "value_head"):
-        state = json.loads((whole / "checkpoint-8" / "ppo_state.json").read_text())
+        saved = read_states(whole / "checkpoint-8" / STATES)
+        state = saved["states"]["ppo"]
         head = load_file(whole / "checkpoint-8" / "value_head.safetensors")["weight"]
         if edit == "kl_coef":
             state["kl_coef"] *= 1.5
@@ -90,9 +104,10 @@ def test_what_is_not_restored_would_be_seen(tmp_path: Path, whole: Path):
             state["window"] = {}
         else:
             head = head * 1.1
-        (changed / "ppo_state.json").write_text(json.dumps(state))
+        write_states(changed / STATES, saved)
         save_file({"weight": head}, changed / "value_head.safetensors")
-        trainer(tmp_path / edit, max_steps=16).train(str(changed))
+        seal(changed, sequence=1, step=8, run=manifest.run)
+        trainer(tmp_path / edit).train(str(changed))
         assert differences(tmp_path / edit / "checkpoint-16", whole / "checkpoint-16") != [], edit
 
 
@@ -130,14 +145,14 @@ def test_a_checkpoint_holds_every_adapter_and_the_root_the_policy_alone(tmp_path
     for name, tensor in root.items():
         assert torch.equal(found[name.replace(".weight", ".default.weight")], tensor)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert {"adapter_model.safetensors", "value_head.safetensors", "ppo_state.json", "optimizer.pt"} <= {
+    assert {"adapter_model.safetensors", "value_head.safetensors", STATES, "optimizer.pt"} <= {
         path.name for path in (tmp_path / "checkpoint-2").iterdir()
     }
     assert (tmp_path / "checkpoint-2" / "value" / "adapter_model.safetensors").is_file()
 
 
 def test_both_adapters_train_on_after_a_resume(tmp_path: Path, whole: Path):
-    resumed = trainer(tmp_path, max_steps=12)
+    resumed = trainer(tmp_path)
     resumed.train(str(whole / "checkpoint-8"))
     saved = load_file(whole / "checkpoint-8" / "value" / "adapter_model.safetensors")
     found = weights(resumed)
@@ -216,11 +231,11 @@ def test_a_checkpoint_that_cannot_be_resumed_says_why(tmp_path: Path, whole: Pat
         broken = tmp_path / missing / "checkpoint-8"
         shutil.copytree(whole / "checkpoint-8", broken)
         (broken / missing).unlink()
-        with pytest.raises(CheckpointError, match=f"has no {re.escape(missing)}: it is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match=f"{re.escape(missing)} is missing"):
             trainer(tmp_path).train(str(broken))
-    within = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=6)
+    within = ppo_trainer(tmp_path / "within", max_steps=6, **CONSTANT)
     within.train()
-    again = ppo_trainer(tmp_path / "within", num_ppo_epochs=4, save_strategy="steps", save_steps=4, max_steps=8)
+    again = ppo_trainer(tmp_path / "within", max_steps=8, **CONSTANT)
     with pytest.raises(CheckpointError, match="step 6, within a rollout of 4 optimizer steps"):
         again.train(True)
     again.train(str(tmp_path / "within" / "checkpoint-4"))

@@ -85,6 +85,7 @@ def test_help_defaults_and_copies():
         "layout": "auto",
         "max_tokens_per_forward": "auto",
         "max_drop_fraction": 0.2,
+        "weights_only_resume": False,
         "label_smoothing": 0.0,
         "num_heads": 1,
     }

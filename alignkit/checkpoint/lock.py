@@ -1,0 +1,80 @@
+"""One writer: a lock that the system releases when its process dies, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from alignkit.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+LOCK, OWNER = ".alignkit.lock", ".alignkit.owner"
+
+
+@contextlib.contextmanager
+def sole_writer(output_dir: Path) -> Iterator[None]:
+    """Hold an output directory for the time of the block.
+
+    Raises:
+        CheckpointError: another process trains into it, or nothing can be written there.
+    """
+    lock = FileLock(output_dir / LOCK, timeout=0)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"{output_dir} is in use by {_owner(output_dir)}: wait until it has ended, or choose another output_dir"
+        ) from None
+    except NotImplementedError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", output_dir, error)
+        yield
+        return
+    except OSError as error:
+        raise CheckpointError(
+            f"nothing can be written into {output_dir} ({error.strerror or error}): choose another output_dir, or "
+            "change its rights"
+        ) from error
+    try:
+        with contextlib.suppress(OSError):  # the note is for people alone; a full disk is told of by what follows
+            (output_dir / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (output_dir / OWNER).unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
+def shared_cache(path: Path) -> Iterator[None]:
+    """Hold a file of a shared cache: another run that wants the same waits, and then finds it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Another run makes %s; waiting for it.", path)
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:  # atomic all the same; at worst it is made twice
+        logger.info("%s cannot be locked: %s", path, error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(output_dir: Path) -> str:
+    try:
+        found = (output_dir / OWNER).read_text(encoding="utf-8", errors="replace")[:200]
+    except OSError:
+        return "another process"
+    return "".join(character for character in found if character.isprintable()) or "another process"

@@ -1,0 +1,280 @@
+"""How trainers save and resume: whole checkpoints or none, verified, and bit for bit where they went on from.
+
+A trainer's `train` finds the newest checkpoint that verifies, holds its output directory against other writers, and
+turns SIGTERM and SIGINT into a save. What a checkpoint holds besides Trainer's files is in `trainer.states`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from alignkit.checkpoint.atomic import tidy
+from alignkit.checkpoint.find import checkpoint_folders, newest_verified
+from alignkit.checkpoint.lock import sole_writer
+from alignkit.checkpoint.manifest import read_manifest
+from alignkit.checkpoint.space import require_space
+from alignkit.checkpoint.states import Stateful, States, read_states
+from alignkit.errors import CheckpointError
+from alignkit.trainers.boundary import Boundary, random_states, set_random_states
+from alignkit.trainers.boundary_callback import ExportedState, KeepBoundaries, Rest
+from alignkit.trainers.resuming import agreed, compare_runs, find_checkpoint, is_weights_only
+from alignkit.trainers.saving import SavesWhole
+from alignkit.trainers.signals import EXIT_RESUMABLE, Interrupted, SignalWatch
+
+logger = logging.getLogger(__name__)
+
+
+class KeepsCheckpoints(SavesWhole):
+    """What replaces the ways in which `Trainer` saves and resumes. It stands before `Trainer` among the parents.
+
+    Attributes:
+        boundary: the state before the open optimizer step, besides weights and optimizer.
+    """
+
+    args: Any
+    lr_scheduler: Any
+    boundary: Boundary | None
+    _throughput: Any
+    _signals: SignalWatch
+    _resumable: tuple[Boundary, Rest] | None
+    _loaded: tuple[str, dict[str, Any]] | None
+    _random_after_rest: tuple[Any, ...] | None
+    _is_in_step: bool
+
+    def begin_checkpoints(self, running: dict[str, Stateful], settled: dict[str, Stateful] | None = None) -> None:
+        """Set up, once the trainer's callbacks are there.
+
+        Args:
+            running: what changes within an optimizer step, by name: logging windows.
+            settled: what changes between optimizer steps alone.
+        """
+        self.states = States()
+        for name, stateful in (settled or {}).items():
+            self.states.register(name, stateful)
+        for name, stateful in running.items():
+            self.states.register_running(name, stateful)
+        self.boundary = self._resumable = self._loaded = self._random_after_rest = None
+        self.is_scheduled, self._is_in_step = True, False
+        self._signals = SignalWatch(raises_at_once=self.accelerator.num_processes == 1)
+        self.add_callback(KeepBoundaries(self))
+
+    def register_callbacks(self) -> None:
+        """Put every callback with state into the registry."""
+        counts: dict[str, int] = {}
+        for callback in self.callback_handler.callbacks:
+            stateful = ExportedState(callback) if isinstance(callback, ExportableState) else callback
+            if not isinstance(stateful, Stateful):
+                continue
+            kind = type(callback).__name__
+            counts[kind] = counts.get(kind, 0) + 1
+            name = f"callback/{kind}" + ("" if counts[kind] == 1 else f"/{counts[kind]}")
+            self.states.replace_running(name, stateful)
+
+    # --- training ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint in `output_dir` that verifies; "auto" for the same
+                if there is one, and a new start otherwise; or a path. By default what the options say.
+            **kwargs: as for `Trainer`.
+
+        Raises:
+            CheckpointError: no checkpoint verifies, it is of another run, another process writes into `output_dir`, or
+                there is no room for a checkpoint; before any forward pass.
+            SystemExit: with code 75, after SIGTERM or SIGINT: what was trained is saved, and a resume loses nothing.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._throughput.reset()
+        output_dir = Path(str(self.args.output_dir))
+        alone = sole_writer(output_dir) if self.is_world_process_zero() else contextlib.nullcontext()
+        with self._signals.listening(), alone:
+            try:
+                folder = self._open_checkpoint(resume_from_checkpoint or False)
+                return super().train(folder, **kwargs)
+            except Interrupted as interruption:
+                raise SystemExit(self._leave(interruption)) from None
+
+    def _open_checkpoint(self, asked: str | bool) -> str | None:
+        """Find the checkpoint to resume from, compare it with this run, and load the states that it holds."""
+        args, output_dir = self.args, Path(str(self.args.output_dir))
+        self.register_callbacks()
+        self.boundary = self._resumable = self._loaded = self._saved = None
+        if self.is_world_process_zero():
+            tidy(output_dir)
+        weights_only: bool = args.weights_only_resume
+        folder = agreed(
+            lambda: find_checkpoint(asked, output_dir, weights_only=weights_only), self.is_world_process_zero()
+        )
+        if folder is None and checkpoint_folders(output_dir) and args.save_strategy != "no":
+            logger.warning(
+                "%s holds checkpoints of an earlier run, which save_total_limit counts. To go on with that run, set "
+                "resume_from_checkpoint='auto'.",
+                output_dir,
+            )
+        if folder is not None and not weights_only:
+            self._load_states(folder)
+        if args.save_strategy != "no" and self.is_world_process_zero():
+            require_space(output_dir, self._checkpoint_bytes(), "a checkpoint")
+        return None if folder is None else str(folder)
+
+    def _load_states(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        if is_weights_only(manifest):
+            raise CheckpointError(
+                f"{folder} holds weights alone (save_only_model=True): set weights_only_resume=True to go on from them "
+                "with a new optimizer"
+            )
+        compare_runs(folder, manifest.run, self._description())
+        self.check_resumable(folder, manifest.step)
+        path = folder / f"states_{self.args.process_index}.safetensors"
+        saved = read_states(path)
+        self.states.load_state_dict(saved["states"], str(path))
+        self._loaded = str(folder), saved["trainer"]
+
+    def check_resumable(self, folder: Path, step: int) -> None:
+        """Raise `CheckpointError` if a run cannot go on from its own checkpoint of this step."""
+
+    # --- between steps; called by `KeepBoundaries` ---
+
+    def begin_training(self) -> None:
+        """Set what Trainer has just reset to what the checkpoint says, and make up for what it still owed."""
+        loaded, self._loaded = self._loaded, None
+        self._is_in_step = False
+        if loaded is not None:
+            folder, saved = loaded
+            self._tr_loss += saved["loss"].to(self._tr_loss)
+            self._total_loss_scalar, self._globalstep_last_logged = saved["total_loss"], saved["last_logged_step"]
+            self._initial_global_step = saved["first_step"]
+            super()._load_rng_state(folder)
+            self._make_up(Rest(**saved["rest"]), saved["max_steps"])
+            self._random_after_rest = random_states()
+        self._resumable = Boundary.take(self), Rest()
+
+    def _make_up(self, rest: Rest, max_steps_before: int) -> None:
+        """Log, evaluate and save what the run had still to do at its last step when it was stopped."""
+        step = self.state.global_step
+        was_over = step >= max_steps_before and step < self.state.max_steps  # but this run is longer
+        self.control.should_training_stop = rest.is_stopped and not was_over
+        self.control.should_log, self.control.should_evaluate = rest.log, rest.evaluate
+        self.control.should_save = rest.save
+        self._is_in_step = rest.in_step
+        self._after_step(rest)
+        if rest.in_step and self._epoch_ends():
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._after_step(rest)
+
+    def _after_step(self, rest: Rest) -> None:
+        model, epoch = self.model_wrapped, self.state.epoch
+        sums = self._tr_loss, rest.grad_norm, model, None, epoch, None, time.time()
+        self._maybe_log_save_evaluate(*sums, learning_rate=rest.learning_rate)
+
+    def begin_step(self) -> None:
+        """Copy the state that an open step can be taken back to."""
+        self._is_in_step = True
+        self.boundary = Boundary.take(self)
+
+    def begin_update(self) -> None:
+        """From here until the step is over, weights and counters move together."""
+        self._signals.protect()
+
+    def end_epoch(self) -> None:
+        """What follows is the epoch's own log entry, evaluation and checkpoint."""
+        self._is_in_step, self.is_scheduled = False, True
+
+    def _epoch_ends(self) -> bool:
+        """Whether Trainer will say that the epoch has ended before it makes another step."""
+        epoch = self.state.epoch or 0.0
+        return epoch == int(epoch) or self.control.should_training_stop or self.control.should_epoch_stop
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        grad_norm, rate = args[1], kwargs.get("learning_rate")
+        self._resumable = Boundary.take(self), Rest.of(self.control, grad_norm, rate, in_step=self._is_in_step)
+        self._signals.release()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._resumable = Boundary.take(self), self._rest()
+        self._agree_to_stop()
+
+    def _rest(self) -> Rest:
+        """What the run owes once the step is logged, evaluated and saved: the end of its epoch, if it has come."""
+        found = Rest(is_stopped=self.control.should_training_stop)
+        if not (self._is_in_step and self._epoch_ends() and self._resumable):
+            return found
+        before = self._resumable[1]
+        return replace(found, in_step=True, grad_norm=before.grad_norm, learning_rate=before.learning_rate)
+
+    def _agree_to_stop(self) -> None:
+        """With several processes: stop all of them, if any was asked to."""
+        if self.accelerator.num_processes == 1:
+            return
+        received = self._signals.received
+        count: Any = torch.tensor(int(received is not None), device=self.args.device)
+        if bool(self.accelerator.reduce(count, reduction="sum")):
+            raise Interrupted(received or signal.SIGTERM)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # else a resumed run that had ended already
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._random_after_rest is not None:
+            set_random_states(self._random_after_rest)
+            self._random_after_rest = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.args.weights_only_resume:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            logger.warning("weights_only_resume: optimizer, random numbers and logging windows begin anew.")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+                for _ in range(self.state.global_step):  # the schedule alone is a function of the step
+                    self.lr_scheduler.step()
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if not self.args.weights_only_resume:
+            super()._load_scaler(checkpoint)
+
+    # --- saving and stopping ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        with self._signals.protected():
+            target = self._write_checkpoint(run_dir, self._rest())
+        if self.args.push_to_hub and self.is_scheduled:
+            self._push_from_checkpoint(str(target))
+
+    def _leave(self, interruption: Interrupted) -> int:
+        """Save the last moment between two steps, and return the exit code."""
+        with self._signals.protected():
+            step = self.state.global_step
+            if self._resumable is not None:
+                boundary, rest = self._resumable
+                boundary.restore(self)
+                step = self.state.global_step
+                self.is_scheduled = False
+                if step and self._saved != (step, rest) and self.can_save_now(step):
+                    self._write_checkpoint(self._get_output_dir(None), rest)
+            main = self.is_world_process_zero()
+            found = newest_verified(Path(str(self.args.output_dir))).folder if main else None
+        told = f"{found} is whole; go on with resume_from_checkpoint='auto'." if found else "Nothing was saved yet."
+        logger.warning("%s: stopped after step %d. %s", interruption.name, step, told)
+        return EXIT_RESUMABLE
+
+    def can_save_now(self, step: int) -> bool:
+        """Whether a checkpoint of this step could be resumed from."""
+        return True

@@ -1,0 +1,257 @@
+"""Which checkpoint a run goes on from, and whether it is a checkpoint of this run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch import Tensor, nn
+
+from alignkit.checkpoint.find import checkpoint_folders, newest_verified
+from alignkit.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
+from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.adapters import REFERENCE_ADAPTER
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+# Files of a checkpoint that `weights_only_resume` does without.
+NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+_REMEDY = "Set it back, or go on with the weights alone: weights_only_resume=True."
+
+# Options that say what is told, kept and measured, or where: they move no weight.
+_HARMLESS = (
+    "logging_",
+    "save_",
+    "eval_",
+    "dataloader_",
+    "hub_",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "log_",
+    "ddp_",
+)
+_HARMLESS_NAMES = {
+    "disable_tqdm",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "enable_jit_checkpoint",
+    "greater_is_better",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "prediction_loss_only",
+    "project",
+    "per_device_eval_batch_size",
+    "precompute_ref_batch_size",
+    "trackio_space_id",
+    "weights_only_resume",
+    "skip_memory_metrics",
+    "restore_callback_states_from_checkpoint",
+    "resume_from_checkpoint",
+    "batch_eval_metrics",
+    "max_skipped_steps",
+    "torch_empty_cache_steps",
+    "num_print_samples",
+    "dataset_num_proc",
+}
+# The same mathematics in another order of additions.
+_ROUNDING = {
+    "max_tokens_per_forward",
+    "layout",
+    "pad_to_multiple_of",
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_offloading",
+    "tf32",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "use_cpu",
+}
+# They matter only where the schedule of the learning rate depends on them.
+_LENGTH = frozenset({"max_steps", "num_train_epochs"})
+_UNSCHEDULED = ("constant", "constant_with_warmup")
+
+
+def find_checkpoint(asked: str | bool, output_dir: Path, *, weights_only: bool) -> Path | None:
+    """Return the checkpoint to resume from; `None` where "auto" finds nothing, or nothing was asked for.
+
+    Args:
+        asked: True for the newest one of `output_dir` that verifies; "auto" for the same where there is one; a path.
+        output_dir: of the run.
+        weights_only: what a checkpoint needs is its weights; it may have no manifest then.
+
+    Raises:
+        CheckpointError: none verifies, or the one at the path does not.
+    """
+    if isinstance(asked, str) and asked.lower() in ("true", "false"):
+        asked = asked.lower() == "true"
+    if asked is False:
+        return None
+    if isinstance(asked, str) and asked != AUTO:
+        return _at(Path(asked), weights_only=weights_only)
+    found = newest_verified(output_dir)
+    for sentence in found.skipped:
+        logger.warning("Passed over: %s.", sentence)
+    if found.folder is not None:
+        return found.folder
+    if checkpoint_folders(output_dir):
+        raise CheckpointError(
+            f"{output_dir} holds no checkpoint that is whole. {'. '.join(found.skipped)}. To go on from the weights of "
+            "one of them, pass its path with weights_only_resume=True; to start anew, choose another output_dir."
+        )
+    if asked == AUTO:
+        return None
+    raise CheckpointError(
+        f"{output_dir} holds no checkpoint to resume from: leave resume_from_checkpoint out to start anew, or set it "
+        "to 'auto', which does that by itself"
+    )
+
+
+def _at(folder: Path, *, weights_only: bool) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {folder}")
+    if weights_only and not (folder / MANIFEST).exists():
+        logger.warning("%s has no %s, so nobody knows whether it is whole; its weights are taken", folder, MANIFEST)
+        return folder
+    names = {path.name for path in folder.iterdir()}
+    spare = (*NOT_WEIGHTS, *_per_process(folder)) if weights_only else ()
+    try:
+        verify(folder, may_lack=spare)
+    except CheckpointError as error:
+        advice = "" if weights_only or not names else " Its weights alone: weights_only_resume=True."
+        raise CheckpointError(f"{error}.{advice}") from error
+    return folder
+
+
+def _per_process(folder: Path) -> list[str]:
+    try:
+        files = read_manifest(folder).files
+    except CheckpointError:
+        return []
+    return [name for name in files if name.startswith(("rng_state", "states_"))]
+
+
+def agreed(function: Callable[[], Any], is_main: bool) -> Any:
+    """Run `function` on the main process alone, and return or raise the same everywhere."""
+    result: list[Any] = [None, None]
+    if is_main:
+        try:
+            result[0] = function()
+        except AlignkitError as error:
+            result[1] = error
+    value, error = broadcast_object_list(result, from_process=0)
+    if error is not None:
+        raise error
+    return value
+
+
+def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint's run was made of with this one: refuse what breaks exactness, tell of the rest.
+
+    Raises:
+        CheckpointError: method, processes, data, base or an option that moves weights differ.
+    """
+    broken = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in ("method", "processes")
+              if saved.get(name) != now[name]]  # fmt: skip
+    for name, what in (("train_data", "the training data"), ("base", "the base model"), ("adapter", "the adapter")):
+        if saved.get(name) != now[name]:
+            broken.append(f"{what} changed")
+    told: list[str] = []
+    old, new = saved.get("settings") or {}, now["settings"]
+    scheduled = new.get("lr_scheduler_type") not in _UNSCHEDULED
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name) or _is_harmless(name):
+            continue
+        sentence = f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        if name in _ROUNDING or (name in _LENGTH and not scheduled):
+            told.append(sentence)
+        else:
+            broken.append(sentence)
+    for name in ("evaluation_data", "versions", "device"):
+        if saved.get(name) != now[name]:
+            told.append(f"{name.replace('_', ' ')} changed")
+    if broken:
+        raise CheckpointError(f"{folder} is of another run: {'; '.join(broken)}. {_REMEDY}")
+    if told:
+        logger.warning("%s goes on, but not bit for bit as it would have: %s.", folder, "; ".join(told))
+
+
+def _is_harmless(name: str) -> bool:
+    return name in _HARMLESS_NAMES or name.startswith(_HARMLESS)
+
+
+def describe_run(trainer: Any, base: str) -> dict[str, Any]:
+    """What a run is made of, as a manifest keeps it.
+
+    Args:
+        trainer: with a `record`.
+        base: hash of the frozen weights, of `frozen_digest`.
+    """
+    record = trainer.record
+    data = {entry["name"]: entry["sha256"] for entry in record.data}
+    adapter = None
+    if isinstance(trainer.model, PeftModel):
+        configs = {name: config.to_dict() for name, config in trainer.model.peft_config.items()}
+        adapter = hashlib.sha256(repr(_sorted(configs)).encode()).hexdigest()
+    return {
+        "method": record.method,
+        "processes": trainer.args.world_size,
+        "train_data": data.get("train"),
+        "evaluation_data": {name: digest for name, digest in data.items() if name != "train"},
+        "base": base,
+        "adapter": adapter,
+        "settings": record.settings,
+        "versions": record.versions,
+        "device": trainer.args.device.type,
+    }
+
+
+_UNTOLD_OF_ADAPTERS = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {str(key): item for key, item in value.items() if key not in _UNTOLD_OF_ADAPTERS}
+        return sorted((key, _sorted(item)) for key, item in kept.items())
+    return sorted(map(str, value)) if isinstance(value, set | list | tuple) else str(value)
+
+
+def frozen_digest(model: nn.Module, reference: nn.Module | None, *, is_moving: bool) -> str:
+    """SHA-256 of every weight that training does not move and a checkpoint does not hold.
+
+    Args:
+        model: the policy; of a model that is trained whole, nothing counts.
+        reference: a separate reference.
+        is_moving: the reference follows the policy, so that checkpoints hold it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not (is_moving and f".{REFERENCE_ADAPTER}." in f".{name}."):
+            _add(digest, name.replace(".base_layer.", "."), parameter)
+    if reference is not None and not is_moving:
+        for name, parameter in reference.named_parameters():
+            _add(digest, name, parameter)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def is_weights_only(manifest: Manifest) -> bool:
+    """Whether a checkpoint was made with `save_only_model`."""
+    return not any(name.startswith("states_") for name in manifest.files)
