@@ -272,7 +272,6 @@ def _pickled(folder: Path) -> None:
 def _only_checkpoints(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_config.json").unlink()
-    (folder / "training_args.bin").unlink()
 
 
 def _break_config(folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_checkpoints_publish_the_adapter_alone(client: Client, hub: HubServer, b
     ]
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert repo.files()["adapter_model.safetensors"] == (checkpoint / "adapter_model.safetensors").read_bytes()
-    assert (checkpoint / "training_args.bin").is_file()
+    assert (checkpoint / "optimizer.pt").is_file()
     assert not [name for name in repo.files() if "/" in name or name.endswith((".bin", ".pt", ".pth"))]
     assert b"had not finished" in repo.files()["README.md"]
 
