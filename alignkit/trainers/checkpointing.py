@@ -260,17 +260,17 @@ class KeepsCheckpoints(SavesWhole):
 
     def _leave(self, interruption: Interrupted) -> int:
         """Save the last moment between two steps, and return the exit code."""
-        with self._signals.protected():
+        self._signals.protect()  # for good: the process ends, and a second SIGINT alone is heard
+        step = self.state.global_step
+        if self._resumable is not None:
+            boundary, rest = self._resumable
+            boundary.restore(self)
             step = self.state.global_step
-            if self._resumable is not None:
-                boundary, rest = self._resumable
-                boundary.restore(self)
-                step = self.state.global_step
-                self.is_scheduled = False
-                if step and self._saved != (step, rest) and self.can_save_now(step):
-                    self._write_checkpoint(self._get_output_dir(None), rest)
-            main = self.is_world_process_zero()
-            found = newest_verified(Path(str(self.args.output_dir))).folder if main else None
+            self.is_scheduled = False
+            if step and self._saved != (step, rest) and self.can_save_now(step):
+                self._write_checkpoint(self._get_output_dir(None), rest)
+        main = self.is_world_process_zero()
+        found = newest_verified(Path(str(self.args.output_dir))).folder if main else None
         told = f"{found} is whole; go on with resume_from_checkpoint='auto'." if found else "Nothing was saved yet."
         logger.warning("%s: stopped after step %d. %s", interruption.name, step, told)
         return EXIT_RESUMABLE
