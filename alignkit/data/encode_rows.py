@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datasets import List, Value
 
-from alignkit.data.reasons import BadRow, DropReason
+from alignkit.data.reasons import BadRow, DropReason, shown
 from alignkit.data.records import Kind, Preference, Record, TokenRow, Transcripts, Unpaired, to_record
 from alignkit.data.report import PreparationReport
 from alignkit.data.tokenize import EncodedRow, RecordTokenizer, truncate
@@ -195,8 +195,12 @@ def _is_pair(record: Record | BadRow) -> bool:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow(DropReason.NOT_A_NUMBER, f"{name} is {value!r}")
-    if name == "weight" and value < 0:
-        raise BadRow(DropReason.NOT_A_NUMBER, f"weight is {value!r}, below 0")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(DropReason.NOT_A_NUMBER, f"{name} is {shown(value)}")
+    if name == "weight" and number < 0:
+        raise BadRow(DropReason.NOT_A_NUMBER, f"weight is {shown(value)}, below 0")
+    return number

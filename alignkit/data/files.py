@@ -39,7 +39,7 @@ def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = _decode(path.read_bytes().removeprefix(_BOM), path, 0, 1)
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -56,7 +56,7 @@ def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         whole = " (is the file one JSON object? A list of rows is expected, or one row a line)" if number == 1 else ""
         raise DataError(
             f"{path}, line {number} is not valid JSON: {error}; the line starts {line[:40]!a}{whole}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignkit.data.reasons import BadRow, DropReason
+from alignkit.data.reasons import BadRow, DropReason, shown
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -87,7 +87,7 @@ def _as_message(message: Any, where: str) -> Message:
     role_key, content_key = ("role", "content") if message.get("role") is not None else ("from", "value")
     name = message.get(role_key)
     if not isinstance(name, str) or name.lower() not in ROLES:
-        raise BadRow(DropReason.WRONG_ROLES, f"{where} has the unknown role {name!r}")
+        raise BadRow(DropReason.WRONG_ROLES, f"{where} has the unknown role {shown(name)}")
     # Arrow gives every message the keys of all messages, filled with None; templates that ask `is defined` must not
     # see those. Keys that someone set stay.
     rest = {k: v for k, v in message.items() if v is not None and k not in ("role", "content", "from", "value")}
@@ -112,7 +112,7 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
     try:
         call = json.loads(value) if isinstance(value, str) else value
         return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise BadRow(
             DropReason.NOT_TEXT, f"{where} is a function call that is not JSON with name and arguments"
         ) from None
@@ -178,4 +178,6 @@ def split_transcript(text: str) -> tuple[str, str]:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!a})"
+    if value is None:
+        return "None"
+    return f"{type(value).__name__} ({(value if isinstance(value, str) else shown(value))[:40]!a})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from enum import Enum
+from typing import Any
 
 from alignkit.errors import DataError
 
@@ -24,6 +26,26 @@ class DropReason(str, Enum):
     NOT_TOKEN_IDS = "not token ids"
     BAD_TEMPLATE_ARGUMENTS = "bad tools or chat_template_kwargs"
     TEMPLATE_REFUSED = "chat template refuses the row"
+
+
+class _Short(reprlib.Repr):
+    """Few items and few levels of anything; Python itself refuses to print an integer of thousands of digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return (
+            super().repr_int(x, level) if x.bit_length() <= _MAX_SHOWN_BITS else f"<a number of {x.bit_length()} bits>"
+        )
+
+
+_MAX_SHOWN_BITS = 256
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Return what a message says of a value that a row holds: short, printable, however large or deep it is."""
+    return _SHORT.repr(value)
 
 
 class BadRow(DataError):

@@ -22,7 +22,7 @@ from alignkit.data.messages import (
     split_transcript,
     transcript_to_messages,
 )
-from alignkit.data.reasons import BadRow, DropReason
+from alignkit.data.reasons import BadRow, DropReason, shown
 from alignkit.data.template_arguments import template_arguments
 from alignkit.errors import DataError, nearest
 
@@ -183,7 +183,7 @@ def to_label(value: Any) -> bool:
         return _LABELS[value.strip().lower()]
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    raise BadRow(DropReason.NOT_A_LABEL, f"label is {value!r}; expected true or false")
+    raise BadRow(DropReason.NOT_A_LABEL, f"label is {shown(value)}; expected true or false")
 
 
 def _split(row: Mapping[str, Any], names: tuple[str, ...], transcripts: Transcripts) -> tuple[Text, tuple[Text, ...]]:
@@ -354,5 +354,5 @@ def _token_ids(value: Any, column: str) -> list[int]:
         raise BadRow(DropReason.NOT_TOKEN_IDS, f"{column} is {type(value).__name__}")
     for token in value:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise BadRow(DropReason.NOT_TOKEN_IDS, f"{column} holds {token!r}")
+            raise BadRow(DropReason.NOT_TOKEN_IDS, f"{column} holds {shown(token)}")
     return list(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from alignkit.data.reasons import DropReason
 from alignkit.errors import DataError
@@ -173,9 +174,9 @@ class PreparationReport:
         }
 
 
-def _cells(rows: RowCount) -> tuple[str, str, str]:
+def _cells(rows: RowCount) -> tuple[str, str, Text]:
     ids = ", ".join(map(str, rows.row_ids)) + (", …" if rows.count > len(rows.row_ids) else "")
-    return str(rows.count), ids, rows.example.replace("[", "\\[")
+    return str(rows.count), ids, Text(rows.example)
 
 
 def _quantiles(counts: Counter[int]) -> dict[str, int]:

@@ -8,10 +8,27 @@ from typing import Any
 
 from alignkit.data.reasons import BadRow, DropReason
 
-# Arguments of `apply_chat_template` that decide what is encoded; a row may not change them.
+# Arguments of `apply_chat_template` that decide what is encoded; a row may not change them. Above all it may bring no
+# template of its own, which would be run.
 _RESERVED_TEMPLATE_KEYS = frozenset(
-    {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "tools"}
+    {
+        "conversation",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
 )
+_MAX_LEVELS = 100
 
 
 def template_arguments(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
@@ -32,7 +49,7 @@ def template_arguments(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | N
     reserved = sorted(_RESERVED_TEMPLATE_KEYS.intersection(kept))
     if reserved:
         raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"chat_template_kwargs may not set {reserved[0]!r}")
-    return _without_none(tools) or None, kept
+    return _without_none(tools, "tools") or None, kept
 
 
 def _from_json(value: Any, name: str) -> Any:
@@ -42,14 +59,16 @@ def _from_json(value: Any, name: str) -> Any:
         return None
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"{name} is not JSON: {error}") from None
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: Any, name: str, level: int = 0) -> Any:
     """Drop the keys that Arrow filled with None because another row's tools have them."""
+    if level > _MAX_LEVELS:
+        raise BadRow(DropReason.BAD_TEMPLATE_ARGUMENTS, f"{name} is nested more than {_MAX_LEVELS} levels deep")
     if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: _without_none(item, name, level + 1) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_none(item) for item in value]
+        return [_without_none(item, name, level + 1) for item in value]
     return value

@@ -25,6 +25,17 @@ Asked = Preference | Unpaired | Prompt
 # A completion that no template writes by itself: it shows where a template puts what the assistant says.
 _MARKER = "\u241fmarker\u241f"
 
+# Whatever the expressions of a template can raise, division by zero and endless macros included.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+
 
 class EncodedRow(NamedTuple):
     """Token ids of one record, not truncated."""
@@ -162,10 +173,10 @@ class RecordTokenizer:
             "".join(_texts(rendered)).encode("utf-8")
         except UnicodeEncodeError:
             return BadRow(DropReason.NOT_TEXT, "a lone surrogate in its tools or template arguments")
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except _TEMPLATE_ERRORS as error:
             if isinstance(error, DataError):
                 raise
-            return BadRow(DropReason.TEMPLATE_REFUSED, f"{type(error).__name__}: {error}")
+            return BadRow(DropReason.TEMPLATE_REFUSED, _printable(f"{type(error).__name__}: {error}"))
         return rendered
 
     def _render_text(self, prompt: str, completions: tuple[Text, ...]) -> _Rendered:
@@ -260,6 +271,11 @@ def _without_prefix_rule(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "ByteLevel":
         return {**part, "add_prefix_space": False}
     return part
+
+
+def _printable(text: str) -> str:
+    """Escape what no report could hold and what would command a terminal: a template may quote anything of a row."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _texts(rendered: _Rendered | BadRow) -> tuple[str, ...]:

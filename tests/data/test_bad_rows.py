@@ -171,6 +171,28 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], DropReason, str]] = {
         ARGUMENTS,
         "chat_template_kwargs may not set 'tokenize'",
     ),
+    "a template of its own": (
+        {**CHAT, "chat_template_kwargs": {}},
+        {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
+        ARGUMENTS,
+        "chat_template_kwargs may not set 'chat_template'",
+    ),
+    # What Python itself refuses to print, convert or walk through.
+    "chosen a huge number": (TEXT, {"chosen": 10**5000}, NOT_TEXT, "chosen is int ('<a number of 16610 bits>')"),
+    "weight a huge number": (WEIGHTED, {"weight": 10**400}, NUMBER, "weight is <a number of 1329 bits>"),
+    "id a huge number": (TOKENS, {"chosen_ids": [-(10**5000)]}, IDS, "chosen_ids holds <a number of 16610 bits>"),
+    "tools nested deep": (
+        {**CHAT, "tools": "[]"},
+        {"tools": "[" * 100_000},
+        ARGUMENTS,
+        "tools is not JSON: maximum recursion depth",
+    ),
+    "function call nested deep": (
+        SHAREGPT,
+        {"chosen": {"from": "function_call", "value": "[" * 100_000}},
+        NOT_TEXT,
+        "a function call that is not JSON",
+    ),
 }
 
 
@@ -212,6 +234,32 @@ def test_a_row_that_the_template_refuses_is_dropped(word_tokenizer) -> None:
     assert [row["row_id"] for row in prepared] == [0]
     assert report.drops[DropReason.TEMPLATE_REFUSED].row_ids == [1]
     assert "no system, please" in report.drops[DropReason.TEMPLATE_REFUSED].example
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("1 // 0", "ZeroDivisionError"),
+        ("2.0 ** 5000", "OverflowError"),
+        ("messages.append(1)", "SecurityError"),
+        ("'\\\\[/bold]' ~ messages[9].content", "UndefinedError"),
+        ("raise_exception('\\\\[/bold] \x1b[31m \ud83d')", "\\[/bold] \\x1b[31m \\ud83d"),
+    ],
+)
+def test_whatever_a_template_raises_drops_the_row(expression: str, found: str, word_tokenizer) -> None:
+    template = word_tokenizer.chat_template
+    try:
+        word_tokenizer.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ " + expression + " }}{% endif %}" + template
+        )
+        _, report = prepare_preferences(
+            [CHAT, {**CHAT, "prompt": [SYSTEM, USER]}], word_tokenizer, max_length=20, max_drop_fraction=0.5
+        )
+    finally:
+        word_tokenizer.chat_template = template
+    assert report.drops[DropReason.TEMPLATE_REFUSED].row_ids == [1]
+    assert found in report.drops[DropReason.TEMPLATE_REFUSED].example
+    assert "refuses the row" in report.text()
 
 
 @pytest.mark.parametrize(
