@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from alignkit.data.reasons import shown
 from alignkit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -151,20 +152,24 @@ def _parsed(content: Any, path: Path) -> Manifest:
     if not isinstance(content, dict) or "seal" not in content:
         raise CheckpointError(f"{path} is no manifest")
     rest = {key: value for key, value in content.items() if key != "seal"}
-    if content["seal"] != _seal_of(rest):
+    try:
+        is_sealed = content["seal"] == _seal_of(rest)
+    except RecursionError as error:  # read just so, and nested too deep to be written again
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not is_sealed:
         raise CheckpointError(f"{path} was damaged or changed: it does not match its own seal")
     if rest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {rest.get('format')!r}; this version of alignkit reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {shown(rest.get('format'))}; this version of alignkit reads {FORMAT}")
     sequence, step, files, run = (rest.get(key) for key in ("sequence", "step", "files", "run"))
     if not (_is_count(sequence) and _is_count(step) and isinstance(files, dict) and isinstance(run, dict)):
         raise CheckpointError(f"{path} lacks sequence, step, files or run")
     found: dict[str, tuple[int, str]] = {}
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{path} names {name!r}, which does not lie in the checkpoint")
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
+            raise CheckpointError(f"{path} names {shown(name)}, which does not lie in the checkpoint")
         if not (isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)):
-            raise CheckpointError(f"{path} says nothing of the size or the hash of {name!r}")
+            raise CheckpointError(f"{path} says nothing of the size or the hash of {shown(name)}")
         found[name] = (entry["bytes"], entry["sha256"])
     return Manifest(sequence, step, found, run)  # type: ignore[arg-type]
 

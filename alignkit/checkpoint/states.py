@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alignkit.data.reasons import shown
 from alignkit.errors import CheckpointError
 
 _TENSOR = "$tensor"
@@ -119,10 +120,12 @@ def read_states(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            states = json.loads((file.metadata() or {})[_HEADER])
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no states that can be read: {error}") from error
-    return _with_tensors(states, tensors)
+            states = _with_tensors(json.loads((file.metadata() or {})[_HEADER]), tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no states that can be read: {shown(str(error))}") from error
+    if not isinstance(states, dict):
+        raise CheckpointError(f"{path} holds no states: its header is a {type(states).__name__}")
+    return states
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
