@@ -20,6 +20,7 @@ EXTRA_COLUMNS = {
     "label": torch.bool,
     "ref_chosen_logps": torch.float32,
     "ref_rejected_logps": torch.float32,
+    "row_id": torch.int64,
 }
 
 
@@ -28,7 +29,7 @@ class DPOCollator:
     """Gather tokenised pairs into a dict of tensors, without padding: the layout is chosen later.
 
     Rows have TRL's columns `prompt_ids`, `chosen_ids`, `rejected_ids`, and may have `weight`, `margin`, `label`,
-    `ref_chosen_logps`, `ref_rejected_logps`. The batch holds
+    `ref_chosen_logps`, `ref_rejected_logps`, and `row_id`, by which messages name them. The batch holds
 
     - `lengths`: tokens of prompt, chosen and rejected, `(B, 3)`;
     - `input_ids`: `[prompt | chosen | rejected]` of every pair one after another, `(N,)`;

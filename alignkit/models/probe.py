@@ -22,6 +22,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.functional.logprobs import Logits
 from alignkit.models.attention import ATTENTION_NAME
 from alignkit.models.bundle import ModelBundle
+from alignkit.models.out_of_memory import is_out_of_memory
 from alignkit.models.scoring import logits_of
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,8 @@ def _disagreement(score: Callable[[], Tensor], expected: Tensor | None, toleranc
     try:
         found = score()
     except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        if is_out_of_memory(error):  # which says nothing about the layout
+            raise
         return f"the forward pass fails ({str(error).splitlines()[0]})"
     if expected is None:
         return None

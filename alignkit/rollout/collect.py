@@ -34,12 +34,14 @@ class Prompts:
         sources: as the dataset has them, text or lists of messages: what rewards are told.
         columns: further columns of the dataset.
         seeds: G integers for each prompt, one per completion.
+        rows: of the data as given.
     """
 
     ids: list[list[int]]
     sources: list[Any]
     columns: dict[str, list[Any]]
     seeds: list[list[int]]
+    rows: list[int]
 
 
 class TokenTable(NamedTuple):

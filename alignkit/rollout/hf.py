@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, TrainingError
 from alignkit.models.lora import is_4bit, merged_copies
+from alignkit.models.out_of_memory import is_out_of_memory, release_memory
 from alignkit.models.probe import cannot_pack
 from alignkit.rollout.cache import Prefilled, can_join, join_caches
 from alignkit.rollout.engine import Completion, Endings, Sampling, check_request, draw_tokens, token_uniforms
+
+logger = logging.getLogger(__name__)
 
 
 class HFEngine:
@@ -41,7 +45,8 @@ class HFEngine:
         model: a causal language model, or a `PeftModel` of one.
         tokenizer: names EOS and decodes for stop strings.
         max_batch_tokens: bounds the cache of a batch: completions × (longest prompt + `max_new_tokens`). A prompt whose
-            completions do not fit together is run once for each part of them.
+            completions do not fit together is run once for each part of them. It falls where memory runs out: the
+            batch is then written in halves, with the same tokens, for every completion draws from its own seed.
         merge_adapters: generate with merged copies of the adapted weights (see `merged_copies`), about a fifth faster
             on a CPU, for the memory of one copy of them. 4-bit bases are never merged.
 
@@ -77,18 +82,54 @@ class HFEngine:
         Raises:
             DataError: a prompt that is empty, too long, or not of this model's vocabulary.
             ConfigError: prompts and seeds that do not match, or nothing that could end a completion.
-            TrainingError: logits that are not finite.
+            TrainingError: logits that are not finite, or not enough memory for a single completion.
         """
         check_request(self.model, prompts, seeds, sampling)
+        before = self.max_batch_tokens
         endings = Endings(self.model, self.tokenizer, sampling)
         done: list[Completion | None] = [None] * sum(map(len, seeds))
         merging = merged_copies(self.model) if self.merge_adapters else contextlib.nullcontext()
         with evaluating(self.model), merging:
             for batch in _batches(prompts, seeds, sampling, self.max_batch_tokens, equal_lengths=self._is_recurrent):
-                run = self._run_whole if self._is_recurrent else self._run
-                for place, completion in zip(batch.places, run(batch, sampling, endings), strict=True):
+                for place, completion in zip(batch.places, self._write(batch, sampling, endings), strict=True):
                     done[place] = completion
+        if self.max_batch_tokens != before:
+            logger.warning(
+                "out of memory: completions are written in batches of at most %d tokens from now on, not %d; they stay "
+                "the same. Set rollout_batch_tokens=%d to begin with that.",
+                self.max_batch_tokens,
+                before,
+                self.max_batch_tokens,
+            )
         return [completion for completion in done if completion is not None]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what memory was found to hold."""
+        return {"max_batch_tokens": self.max_batch_tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Write no larger batches than `state` says."""
+        self.max_batch_tokens = min(self.max_batch_tokens, state["max_batch_tokens"])
+
+    def _write(self, batch: _Batch, sampling: Sampling, endings: Endings) -> list[Completion]:
+        """Complete one batch; where memory runs out, its halves."""
+        tokens = len(batch.rows) * (len(batch.prompts[0]) + sampling.max_new_tokens)
+        if len(batch.rows) == 1 or tokens <= self.max_batch_tokens:
+            run = self._run_whole if self._is_recurrent else self._run
+            try:
+                return run(batch, sampling, endings)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch.rows) == 1:
+                    raise TrainingError(
+                        f"out of memory: one completion alone, of {tokens} tokens with its prompt, cannot be written "
+                        f"({error}). Lower max_completion_length or max_prompt_length, or load the base in 4 bits "
+                        "(quantization_config=alignkit.nf4())."
+                    ) from None
+            release_memory()
+            self.max_batch_tokens = min(self.max_batch_tokens, tokens) // 2
+        return [completion for half in batch.halves() for completion in self._write(half, sampling, endings)]
 
     def _run(self, batch: _Batch, sampling: Sampling, endings: Endings) -> list[Completion]:
         """Complete one batch with the decode loop."""
@@ -217,6 +258,20 @@ class _Batch(NamedTuple):
     rows: list[int]  # of each completion, its prompt's number in `prompts`
     seeds: list[int]
     places: list[int]  # of each completion, its place in the result
+
+    def halves(self) -> tuple[_Batch, _Batch]:
+        """The first and the second half of the completions, with the prompts of each."""
+        middle = len(self.rows) // 2
+        first, second = self.rows[:middle], self.rows[middle:]
+        return (
+            _Batch(self.prompts[: first[-1] + 1], first, self.seeds[:middle], self.places[:middle]),
+            _Batch(
+                self.prompts[second[0] :],
+                [row - second[0] for row in second],
+                self.seeds[middle:],
+                self.places[middle:],
+            ),
+        )
 
 
 def _batches(

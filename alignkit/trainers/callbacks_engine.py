@@ -78,6 +78,14 @@ class PauseScaler(TrainerCallback):
         self.accelerator, self.is_skipped = accelerator, is_skipped
         self._paused: Any = None
 
+    def pause(self, optimizer: Any) -> None:
+        """Let the open step pass without the gradients that it had; the scaler forgets them."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and self._paused is None:
+            scaler.update(scaler.get_scale())  # the scale that it has: neither lowered nor on its way up
+            self._paused = scaler
+            self._use(torch.amp.GradScaler(enabled=False), optimizer)
+
     def on_step_begin(
         self, args: EngineConfig, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:

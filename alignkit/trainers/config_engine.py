@@ -34,6 +34,8 @@ class EngineConfig(TrainingArguments):
 
     # What makes an instance wrong, one small function for each reason, run in order before anything is loaded.
     CHECKS: ClassVar[tuple[Callable[[Any], None], ...]] = ()
+    # What to lower where one row alone takes too much memory.
+    LENGTH_OPTIONS: ClassVar[str] = "max_length"
     # TrainingArguments reads these from JSON; releases before 5.23 do not know the newer spelling of the last
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
 
@@ -101,6 +103,15 @@ class EngineConfig(TrainingArguments):
         metadata={
             "help": "Resume with a checkpoint's weights and step alone: optimizer, random numbers and logging begin "
             "anew. For checkpoints that lack them, or of a run that was set up differently."
+        },
+    )
+
+    # --- steps that fail ---
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Optimizer steps of a run that may be left out because a loss, a gradient, a reward or a "
+            "log-probability is not a finite number; one more stops the run. 0 stops at the first."
         },
     )
 

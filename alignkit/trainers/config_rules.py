@@ -59,6 +59,7 @@ class Need(NamedTuple):
 
 AT_LEAST_ONE = Range(lambda n: n >= 1, "a whole number, 1 or more", whole=True)
 POSITIVE = Range(lambda x: x > 0, "a positive, finite number")
+COUNT = Range(lambda n: n >= 0, "a whole number, 0 or more", whole=True)
 NOT_NEGATIVE = Range(lambda x: x >= 0, "a finite number, 0 or more")
 FRACTION = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
@@ -77,6 +78,7 @@ ENGINE_RANGES: dict[str, Range] = {
         lambda n: n >= 2, "2 tokens or more (one of prompt, one of completion), or None", whole=True, optional=True
     ),
     "max_drop_fraction": FRACTION,
+    "max_skipped_steps": COUNT,
 }
 
 ENGINE_NEEDS: dict[str, Need] = {

@@ -102,7 +102,13 @@ ENGINE_DIFFERENCES: dict[str, str] = {
     "dataloader_multiprocessing_context": "an error without `dataloader_num_workers`",
 }
 
-ENGINE_OWN: tuple[str, ...] = ("layout", "max_tokens_per_forward", "max_drop_fraction", "weights_only_resume")
+ENGINE_OWN: tuple[str, ...] = (
+    "layout",
+    "max_tokens_per_forward",
+    "max_drop_fraction",
+    "weights_only_resume",
+    "max_skipped_steps",
+)
 
 ENGINE_AS_TRL: frozenset[str] = frozenset(
     {

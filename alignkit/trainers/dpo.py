@@ -32,6 +32,8 @@ from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
+from alignkit.trainers.guarded_steps import GuardsSteps
+from alignkit.trainers.longest_batch import Trial, pair_trials
 from alignkit.trainers.metrics import (
     MetricWindow,
     Throughput,
@@ -41,8 +43,8 @@ from alignkit.trainers.metrics import (
 )
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.passes import (
+    Batch,
     accelerator_arguments,
-    accumulate,
     count_rows,
     passes_of,
     rows_not_repeated,
@@ -67,7 +69,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
+class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
     """Direct preference optimization (arXiv 2305.18290) and its relatives, with TRL 1.16's constructor.
 
     Args:
@@ -156,6 +158,7 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         method = "kto" if self.objective.is_unpaired else "dpo"
         self.record = begin_record(self, method, train_dataset, eval_dataset, self.reports)
         self.begin_checkpoints({"window/train": self._windows["train"]}, moving_reference(self.bundle, args))
+        self.begin_guards()
         if args.precompute_ref_log_probs:
             self.train_dataset = with_reference_logps(self, self.train_dataset, "train")
             self.eval_dataset = each_dataset(self.eval_dataset, partial(with_reference_logps, self), "eval")
@@ -222,12 +225,22 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         chunks come first, the loss's derivative with respect to them second, and the chunks' backward passes last.
         """
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        chunks = self._chunks(model, inputs)
         step = super().training_step
-        return accumulate(
-            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        return self.run_micro_batch(
+            self._prepare_inputs(inputs),
+            partial(self._chunks, model),
+            lambda chunk: step(model, chunk, num_items_in_batch),
         )
+
+    def trials(self) -> list[Trial]:
+        """The pairs."""
+        return pair_trials(self, self._trial_loss)
+
+    def _trial_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+        layout = self._lay_out(inputs)
+        scores = self.bundle.score(layout, wrapped=model, square_sums=self.objective.use_weighting)
+        self._reference_logps(model, layout, inputs)
+        return scores.logps.sum()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
@@ -255,6 +268,8 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
             pair_weights = self.objective.weights(scores, layout)
             result = self.objective(features, reference, layout.pair_tokens, inputs, pair_weights)
             losses = result.losses
+        rewards = torch.stack([result.chosen_rewards, result.rejected_rewards], dim=1)
+        self.guard.look(inputs, {"log-probability": features, "reward": rewards, "loss": losses})
         self._record(model, inputs, layout, scores, few, result, PairLogps(*features.detach()[:, :2].unbind(1)))
         loss = share_of_step(losses, num_items_in_batch, self.accelerator)
         return (loss, result) if return_outputs else loss
@@ -271,8 +286,9 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         rows = len(inputs["lengths"])
         own = rows_not_repeated(rows, self.accelerator)
         inputs["is_own"] = torch.arange(rows, device=self.args.device) < own
-        with torch.no_grad(), self.compute_loss_context_manager():
-            parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(model, inputs)]
+        parts = self.evaluate_in_chunks(
+            partial(self._chunks, model, inputs), partial(self.compute_loss, model), self._windows["eval"]
+        )
         result = PreferenceLoss(*map(torch.cat, zip(*parts, strict=True)))
         loss = (result.losses[:own] if own else result.losses).mean()  # the latter is not counted
         if prediction_loss_only:
@@ -295,10 +311,14 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
 
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's log-probabilities of a collated batch, `(B, 2)`, computed whatever columns it has."""
-        with self.compute_loss_context_manager():  # the precision of training
+
+        def run() -> Tensor:
             layouts = [self._lay_out(chunk) for chunk in self._passes.split(dict(inputs))]
             features = [self.objective.features(self._score_reference(self.model, each), each) for each in layouts]
             return torch.cat(features)[:, :2]
+
+        with self.compute_loss_context_manager():  # the precision of training
+            return self._passes.memory.fit(run)
 
     def _score_reference(self, model: nn.Module, layout: Layout) -> TokenScores:
         if self.bundle.can_reference:

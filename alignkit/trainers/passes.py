@@ -20,6 +20,7 @@ from alignkit.models.bundle import ModelBundle
 from alignkit.models.probe import choose_layout
 from alignkit.trainers.budget import forward_budget_tokens
 from alignkit.trainers.config_engine import EngineConfig
+from alignkit.trainers.memory_guard import MemoryGuard
 
 Batch = dict[str, Tensor]
 
@@ -35,6 +36,10 @@ class Passes:
         precision: the context that training's forward passes run in.
         wrapped: the module that DDP or FSDP has made of the policy by now.
         accelerator: through which processes agree on the layout.
+
+    Attributes:
+        memory: runs passes that may take too much memory, and lowers `max_tokens` where they do.
+        latest: lengths of the groups of the latest pass, `(B, 1 + C)`.
     """
 
     def __init__(
@@ -51,10 +56,13 @@ class Passes:
         self.max_tokens, self.precision = max_tokens, precision
         self.wrapped, self.accelerator = wrapped, accelerator
         self.layout: str | None = None
+        self.latest: Tensor | None = None
+        self.memory = MemoryGuard(self)
 
     def lay_out(self, inputs: Mapping[str, Tensor]) -> Layout:
         """Lay a collated batch out; the first one decides how."""
         groups = pairs_of(inputs)
+        self.latest = groups.lengths
         if self.layout is None:
             with self.precision():
                 self.layout = choose_layout(

@@ -20,12 +20,14 @@ from alignkit.errors import ConfigError
 from alignkit.models.bundle import POLICY, REFERENCE
 from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Completed, Prompts, Rollout, TokenTable, generate_and_reward
-from alignkit.trainers.callbacks_engine import PauseScaler, engine_callbacks
+from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
+from alignkit.trainers.guarded_steps import GuardsSteps
+from alignkit.trainers.longest_batch import Trial
 from alignkit.trainers.metrics import Throughput, add_window_metrics
-from alignkit.trainers.passes import Batch, accelerator_arguments, accumulate, passes_of
+from alignkit.trainers.passes import Batch, accelerator_arguments, passes_of
 from alignkit.trainers.pooled import Pooled, PooledWindow
 from alignkit.trainers.ppo_callbacks import PPOEvent, SaveBoundaries, call_event, reporting_callbacks, steps_per_rollout
 from alignkit.trainers.ppo_collect import collect_rollout
@@ -51,6 +53,7 @@ from alignkit.trainers.ppo_state import (
     save_value_head,
     split_learning_rates,
 )
+from alignkit.trainers.ppo_trials import ppo_trials
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record
@@ -64,7 +67,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
+class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
     """Proximal policy optimisation (arXiv 1707.06347; for language models 2203.02155) on one base.
 
     Policy and critic are trained in Trainer's own loop; the reference is the base without the policy's adapter, or the
@@ -156,13 +159,14 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         self.ppo_state = PPOState(args.kl_coef)
         self._minibatch, self._throughput = PooledWindow(), Throughput()  # the former of the optimizer step before
         self._is_stopped = False  # the rest of this rollout's steps is skipped
-        own = PauseScaler(self.accelerator, lambda: self._is_stopped), SaveBoundaries(self)
-        for callback in (*engine_callbacks(self.bundle, args), *own, *reporting_callbacks(callbacks or ())):
+        own = *engine_callbacks(self.bundle, args), SaveBoundaries(self)
+        for callback in (*own, *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
         use_progress_display(self)
         self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
         self.begin_checkpoints({"ppo": self.ppo_state})
+        self.begin_guards(lambda: self._is_stopped, self._begin_minibatch)
 
     # --- data ---
 
@@ -198,11 +202,11 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step % steps_per_rollout(self.args)
         if step == 0:
-            self._is_stopped = False
             self.rollout = collect_rollout(self, ticks[0]["rows"].tolist())
+            self._is_stopped = self.guard.is_resting
         elif self.args.target_approx_kl is not None:
             self._stop_early(self.args.target_approx_kl)
-        self._minibatch = PooledWindow()
+        self._begin_minibatch()
         prompts = self.args.per_device_train_batch_size * num_batches
         first = step % self.args.num_mini_batches * prompts
         parts = range(first, first + prompts, self.args.per_device_train_batch_size)
@@ -224,7 +228,16 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
     def score(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenTable:
         """Score completions with policy, reference and critic, in the passes of training; see `score_episodes`."""
         self.model.train()  # as in training, with dropout off: the first importance ratio is then 1 exactly
-        return score_episodes(self.bundle, self._passes, prompts, completions, self.args, wrapped=self.model_wrapped)
+        passes, wrapped = self._passes, self.model_wrapped
+        run = partial(score_episodes, self.bundle, passes, prompts, completions, self.args, wrapped=wrapped)
+        return passes.memory.fit(run)
+
+    def trials(self) -> list[Trial]:
+        """The longest prompts with the longest completions, and the texts that are mixed in."""
+        return ppo_trials(self)
+
+    def _begin_minibatch(self) -> None:
+        self._minibatch = PooledWindow()
 
     def _stop_early(self, target: float) -> None:
         found = self._minibatch.means(self.accelerator)
@@ -247,23 +260,26 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         if self._is_stopped:
             return torch.zeros((), device=self.args.device)
         step = super().training_step
-        texts: Any = inputs.pop(PTX, None)
-        # Episodes come last: only with them has every parameter a gradient, which is when DDP adds up.
-        chunks = [] if texts is None else self._passes.split(self._prepare_inputs(texts))
-        chunks += self._passes.split(self._prepare_inputs(inputs))
-        loss = accumulate(
-            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        loss = self.run_micro_batch(
+            inputs, self._chunks, lambda chunk: step(model, chunk, num_items_in_batch), self._finish_micro_batch
         )
+        if self.accelerator.sync_gradients:  # the minibatch's last micro-batch
+            self.ppo_state.window.add({"loss": Pooled("rate", torch.tensor([0.0, 1.0], dtype=torch.float64))})
+            self.event("on_minibatch_end", metrics=self._minibatch.figures())
+        return loss
+
+    def _chunks(self, inputs: Batch) -> list[Batch]:
+        # Episodes come last: only with them has every parameter a gradient, which is when DDP adds up.
+        episodes = {name: values for name, values in inputs.items() if name != PTX}
+        parts: list[Any] = [inputs[PTX], episodes] if PTX in inputs else [episodes]
+        return [chunk for part in parts for chunk in self._passes.split(self._prepare_inputs(part))]
+
+    def _finish_micro_batch(self, loss: Tensor) -> None:
         if self._is_warming_up:  # the value loss reaches the trunk that the critic shares
             for parameter in set(self.model.parameters()).difference(self._critic):
                 parameter.grad = None
-        is_last = self.accelerator.sync_gradients  # the minibatch's last micro-batch
         # The mean over the steps that were made, whatever a resumed run has forgotten of Trainer's own sum.
-        made = torch.stack([loss.double(), torch.full_like(loss, is_last, dtype=torch.float64)])
-        self.ppo_state.window.add({"loss": Pooled("rate", made)})
-        if is_last:
-            self.event("on_minibatch_end", metrics=self._minibatch.figures())
-        return loss
+        self.ppo_state.window.add({"loss": Pooled("rate", torch.stack([loss, torch.zeros_like(loss)]).double())})
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
@@ -285,6 +301,7 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
             return text_loss(logps, inputs, self.args.ptx_coef) * processes
         scores = score_tokens(self.bundle, layout, self.args, wrapped=model)
         columns = token_columns(inputs, layout)
+        self.guard.look_at_tokens(layout, columns["mask"], inputs, log_probability=scores.logps, value=scores.values)
         total, metrics = ppo_loss(
             scores,
             columns,

@@ -13,6 +13,7 @@ from alignkit.errors import TrainingError
 from alignkit.functional.kl import k1
 from alignkit.rollout.collect import AdvantageRule, Rollout, advantages_of, scored, token_mask
 from alignkit.rollout.mix import why_all_dropped
+from alignkit.trainers.guards import ROW_ID
 from alignkit.trainers.pooled import Pooled
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_data import take_prompts
@@ -36,6 +37,7 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
     args, state = trainer.args, trainer.ppo_state
     key = f"{args.seed}/{trainer.state.global_step // steps_per_rollout(args)}"
     metrics: dict[str, Pooled] = {}
+    moments_before = state.moments.state_dict()
     trainer.event("on_rollout_begin")
     prompts = take_prompts(cast(Dataset, trainer.train_dataset), rows, args.num_generations, key)
     completions, texts, rewards, seconds = trainer.complete(prompts, temperature=args.temperature)
@@ -66,6 +68,9 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
         kl_coef=state.kl_coef,
         seconds=seconds,
     )
+    if _is_bad(trainer, rollout):
+        state.moments.load_state_dict(moments_before)
+        return rollout
     trainer.event("on_values", tokens=tokens, returns=returns, mask=mask, metrics=metrics)
     metrics |= rollout_metrics(rollout, kl_coef=rule.kl_coef) | ensemble_metrics(spreads(trainer.rewards))
     trainer.event("on_rollout_end", rollout=rollout, metrics=metrics, kl_coef=rollout.kl_coef, moments=moments)
@@ -74,6 +79,27 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
         kl = torch.where(mask, k1(tokens.logps, tokens.ref_logps), 0).sum(1)  # (B,)
         state.adapt_kl(gathered(kl[rewards.kept]), args.kl_target, args.kl_horizon)
     return rollout
+
+
+def _is_bad(trainer: PPOTrainer, rollout: Rollout) -> bool:
+    """Whether any process's rollout holds a number that is not finite; none of its steps will move a weight then."""
+    guard, kept, mask = trainer.guard, rollout.rewards.kept[:, None], rollout.mask
+    guard.begin_step()
+    guard.look(
+        {ROW_ID: torch.tensor(rollout.prompts.rows).repeat_interleave(rollout.generations)},
+        {
+            "reward": torch.where(kept, torch.stack([rollout.rewards.totals, rollout.scores], dim=1), 0),
+            "log-probability": torch.where(mask, rollout.tokens.logps + rollout.tokens.ref_logps, 0),
+            "value": torch.where(mask, rollout.tokens.values, 0),
+            # They are brought to one mean: those of one row spoil them all.
+            "advantage": torch.where(mask, rollout.advantages + rollout.returns, 0).sum(),
+        },
+    )
+    bad = guard.bad_quantities()
+    guard.is_resting = bool(bad)
+    if bad:
+        trainer.count_bad_step(bad, guard.bad_rows(), steps_per_rollout(trainer.args))
+    return guard.is_resting
 
 
 def _advantage_rule(trainer: PPOTrainer) -> AdvantageRule:

@@ -23,6 +23,7 @@ class PPOConfig(EngineConfig):
     """
 
     CHECKS: ClassVar[tuple[Callable[[Any], None], ...]] = CHECKS
+    LENGTH_OPTIONS = "max_prompt_length, max_completion_length or num_generations"
 
     logging_steps: float = field(
         default=1, metadata={"help": "Optimizer steps between two log entries; below 1, a fraction of the run."}

@@ -112,6 +112,7 @@ def take_prompts(dataset: Dataset, rows: list[int], generations: int, key: str) 
         sources=[example["prompt"] for example in examples],
         columns={name: [example[name] for example in examples] for name in columns},
         seeds=[[completion_seed(key, row, number) for number in range(generations)] for row in rows],
+        rows=[example["row_id"] for example in examples],
     )
 
 

@@ -11,6 +11,7 @@ from alignkit.data.layout import Layout
 from alignkit.models.bundle import POLICY, ModelBundle
 from alignkit.models.heads import VALUE
 from alignkit.rollout.collect import Rollout, TokenTable
+from alignkit.trainers.guards import ROW_ID
 from alignkit.trainers.passes import Batch, Passes
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_loss import TOKEN_COLUMNS, ChunkScores
@@ -44,7 +45,8 @@ def batch_of(rollout: Rollout, part: slice) -> Batch:
         "returns": rollout.returns,
     }
     shaped = {name: columns[name][episodes].unflatten(0, (-1, generations)) for name in TOKEN_COLUMNS}
-    return groups_batch(prompts, completions[episodes]) | shaped
+    rows = torch.tensor(rollout.prompts.rows[part])
+    return groups_batch(prompts, completions[episodes]) | shaped | {ROW_ID: rows}
 
 
 def score_tokens(bundle: ModelBundle, layout: Layout, args: PPOConfig, *, wrapped: nn.Module | None) -> ChunkScores:

@@ -290,7 +290,14 @@ class AdapterReward:
     @torch.no_grad()
     def __call__(self, inputs: RewardInputs) -> ComponentScores:
         """Score each completion at its last token."""
-        passes, found = self.passes(), []
+        passes = self.passes()
+        rewards = passes.memory.fit(lambda: torch.cat(self._values(inputs, passes)))  # (B, K)
+        self.spread = rewards.std(dim=1, correction=0) if self.outputs > 1 else None
+        values = rewards.mean(dim=1, keepdim=True)
+        return ComponentScores(values, torch.ones_like(values, dtype=torch.bool))
+
+    def _values(self, inputs: RewardInputs, passes: Passes) -> list[Tensor]:
+        found: list[Tensor] = []
         for start in range(0, len(inputs), REWARD_BATCH):
             part = slice(start, start + REWARD_BATCH)
             batch = groups_batch(inputs.prompt_ids[part], inputs.completion_ids[part])
@@ -298,10 +305,7 @@ class AdapterReward:
                 with passes.precision():
                     layout = passes.lay_out(chunk)
                     found.append(self.bundle.values(layout, layout.last_index, role=self.role).float().cpu())
-        rewards = torch.cat(found)  # (B, K)
-        self.spread = rewards.std(dim=1, correction=0) if self.outputs > 1 else None
-        values = rewards.mean(dim=1, keepdim=True)
-        return ComponentScores(values, torch.ones_like(values, dtype=torch.bool))
+        return found
 
 
 def spreads(mix: RewardMix) -> list[Tensor]:

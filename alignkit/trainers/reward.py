@@ -27,10 +27,12 @@ from alignkit.trainers.callbacks_engine import engine_callbacks
 from alignkit.trainers.checkpointing import KeepsCheckpoints
 from alignkit.trainers.config_engine import warn_low_lora_learning_rate
 from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_datasets
+from alignkit.trainers.guarded_steps import GuardsSteps
+from alignkit.trainers.guards import ROW_ID
+from alignkit.trainers.longest_batch import Trial, pair_trials
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import (
     accelerator_arguments,
-    accumulate,
     count_rows,
     passes_of,
     refuse_data_parallel,
@@ -52,10 +54,10 @@ from alignkit.trainers.setup import (
     short_name,
 )
 
-COLUMNS = (*ID_COLUMNS, "margin", "weight")
+COLUMNS = (*ID_COLUMNS, "margin", "weight", ROW_ID)
 
 
-class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
+class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
     """A reward model from preferences (Bradley-Terry; arXiv 2203.02155, Eq. 1), with TRL 1.16's constructor.
 
     The model stays a causal language model with a head `score` beside its output layer, which never runs: a pair's
@@ -150,6 +152,7 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "reward", train_dataset, eval_dataset, self.reports)
         self.begin_checkpoints({"window/train": self._windows["train"]})
+        self.begin_guards()
 
     # --- data ---
 
@@ -212,10 +215,17 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         """Run a micro-batch in token-bounded chunks. Pairs do not depend on each other: the gradient is the whole's."""
         model.train()
         step = super().training_step
-        chunks = self._chunks(self._prepare_inputs(inputs))
-        return accumulate(
-            lambda chunk: step(model, chunk, num_items_in_batch), chunks, model, self.accelerator, self.args
+        return self.run_micro_batch(
+            self._prepare_inputs(inputs), self._chunks, lambda chunk: step(model, chunk, num_items_in_batch)
         )
+
+    def trials(self) -> list[Trial]:
+        """The pairs."""
+        return pair_trials(self, self._trial_loss)
+
+    def _trial_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        layout = self._lay_out(inputs)
+        return self.bundle.values(layout, layout.last_index, role=REWARD, wrapped=model).sum()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
@@ -233,6 +243,7 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
         rewards = self.bundle.values(layout, layout.last_index, role=REWARD, wrapped=model)  # (2B, K)
         chosen, rejected = rewards[0::2], rewards[1::2]
         losses = self._objective(chosen, rejected, inputs).losses
+        self.guard.look(inputs, {"reward": torch.cat([chosen, rejected], dim=1), "loss": losses})
         if model.training:
             self._windows["train"].add(chosen, rejected)
             self._throughput.add(len(losses), layout.tokens)
@@ -258,8 +269,7 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, Trainer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
         """Return the loss, the rewards `(chosen, rejected)`, `(B, K)` each, and one label per pair (always 1)."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            parts = [self.compute_loss(model, chunk, return_outputs=True)[1] for chunk in self._chunks(inputs)]
+        parts = self.evaluate_in_chunks(partial(self._chunks, inputs), partial(self.compute_loss, model))
         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
         own = rows_not_repeated(len(chosen), self.accelerator)
         self._windows["eval"].add(chosen[:own], rejected[:own])

@@ -39,6 +39,7 @@ def rollout(*, texts: list[str] | None = None, sources: list[Any] | None = None)
             sources=sources or ["Hello", [{"role": "user", "content": "Bye"}]],
             columns={},
             seeds=[[1, 2], [3, 4]],
+            rows=[0, 1],
         ),
         completions=[
             Completion([5, 6, 0], True),

@@ -263,6 +263,7 @@ def test_defaults_of_our_own():
         "max_tokens_per_forward": "auto",
         "max_drop_fraction": 0.2,
         "weights_only_resume": False,
+        "max_skipped_steps": 3,
         "simpo_gamma": 0.5,
         "cpo_alpha": 1.0,
         "dpop_lambda": 50.0,

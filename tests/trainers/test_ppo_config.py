@@ -66,7 +66,13 @@ def test_every_other_option_is_decided_once():
 def test_options_of_the_engine_are_read_too(name: str):
     assert re.search(
         rf"\bargs\.{name}\b",
-        sources("trainers/ppo*.py", "trainers/passes.py", "trainers/budget.py", "trainers/setup.py"),
+        sources(
+            "trainers/ppo*.py",
+            "trainers/passes.py",
+            "trainers/budget.py",
+            "trainers/setup.py",
+            "trainers/guarded_steps.py",
+        ),
     )
 
 

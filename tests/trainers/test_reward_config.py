@@ -86,6 +86,7 @@ def test_help_defaults_and_copies():
         "max_tokens_per_forward": "auto",
         "max_drop_fraction": 0.2,
         "weights_only_resume": False,
+        "max_skipped_steps": 3,
         "label_smoothing": 0.0,
         "num_heads": 1,
     }

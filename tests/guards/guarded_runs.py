@@ -1,0 +1,175 @@
+"""Tiny runs of every trainer, and what disturbs them: numbers that are not finite, memory that ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.dpo import DPOTrainer
+from alignkit.trainers.ppo import PPOTrainer
+from alignkit.trainers.reward import RewardTrainer
+from alignkit.trainers.reward_config import RewardConfig
+from tests.model_factory import tiny_model
+from tests.ppo_factory import ppo_trainer, prompts
+from tests.tiny_preferences import (
+    QUIET,
+    adapter_weights,
+    character_tokenizer,
+    lora,
+    randomise_adapter,
+    token_rows,
+)
+
+KINDS = ("dpo", "kto", "reward", "ppo")
+OPTIONS: dict[str, Any] = {
+    **QUIET,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-4,  # keeps rounding noise from becoming whole steps
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "activation_checkpointing": False,
+    "max_tokens_per_forward": None,
+    "use_cpu": True,
+}
+POISON = 126  # a token that only poisoned rows have: '~'
+
+
+def rows(count: int = 16, *, labelled: bool = False, poisoned: tuple[int, ...] = ()) -> Dataset:
+    """Token rows; the poisoned ones end their chosen completion with a token that no other row has."""
+    made = token_rows(count, seed=3)
+    for number, row in enumerate(made):
+        if labelled:
+            row["label"] = number % 3 == 0
+        if number in poisoned:
+            row["chosen_ids"] = [POISON, *row["chosen_ids"]]
+    return Dataset.from_list(made)
+
+
+def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback] | None = None, **given: Any) -> Any:
+    """A trainer of one of `KINDS`, over the same few rows every time, in their order."""
+    poisoned = given.pop("poisoned", ())
+    data = given.pop("train_dataset", None)
+    classes = given.pop("classes", {})
+    model = given.pop("model", None) or tiny_model("llama")
+    evaluation = given.pop("eval_dataset", None)
+    options = {**OPTIONS, "train_sampling_strategy": "sequential", **given}
+    if kind == "ppo":
+        options.pop("train_sampling_strategy")
+        return ppo_trainer(
+            folder,
+            kind=classes.get("ppo", PPOTrainer),
+            model=model,
+            train_dataset=prompts() if data is None else data,
+            callbacks=callbacks,
+            **({} if evaluation is None else {"eval_dataset": evaluation}),
+            **options,
+        )
+    make, config = (RewardTrainer, RewardConfig) if kind == "reward" else (DPOTrainer, DPOConfig)
+    extra = {"loss_type": "kto", "beta": 0.5} if kind == "kto" else {}
+    trainer = classes.get(kind, make)(
+        model,
+        args=config(str(folder), **{**options, **extra}),
+        train_dataset=rows(labelled=kind == "kto", poisoned=poisoned) if data is None else data,
+        eval_dataset=evaluation,
+        processing_class=character_tokenizer(),
+        peft_config=lora(task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM"),
+        callbacks=callbacks,
+    )
+    randomise_adapter(trainer.model)
+    return trainer
+
+
+class Watch(TrainerCallback):
+    """Copies weights, optimizer state and gradients around every step, and tells others where the run stands.
+
+    Attributes:
+        step: number of the open step, 0 between steps.
+        before, after: `(weights, optimizer state)` by step.
+        gradients: as the optimizer found them, by step; `None` where it found none.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.before: dict[int, Any] = {}
+        self.after: dict[int, Any] = {}
+        self.gradients: dict[int, dict[str, Tensor | None]] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step + 1
+        self.before[self.step] = self._copy(**kwargs)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients[self.step] = {
+            name: None if weight.grad is None else weight.grad.clone()
+            for name, weight in adapter_weights(model).items()
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after[self.step] = self._copy(**kwargs)
+        self.step = 0
+
+    @staticmethod
+    def _copy(model: Any = None, optimizer: Any = None, **kwargs: Any) -> tuple[dict[str, Tensor], Any]:
+        weights = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
+        return weights, copy.deepcopy(optimizer.state_dict()["state"])
+
+
+class DropGradients(TrainerCallback):
+    """Makes some steps of an undisturbed run without gradients: what a skipped step comes to."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            model.zero_grad(set_to_none=True)
+
+
+def poison_tokens(model: Any, active: Callable[[], bool], value: float = float("nan")) -> None:
+    """Make what the model says after the token `POISON` not finite, while `active`."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((inputs[0] == POISON)[..., None], value, output) if active() else output
+
+    model.get_input_embeddings().register_forward_hook(hook)
+
+
+def poison_gradient(trainer: Any, active: Callable[[], bool], value: float) -> None:
+    """Make one element of one weight's gradient not finite, while `active`."""
+    weight = next(iter(adapter_weights(trainer.model).values()))
+
+    def hook(gradient: Tensor) -> Tensor:
+        if not active():
+            return gradient
+        spoilt = gradient.clone()
+        spoilt.view(-1)[0] = value
+        return spoilt
+
+    weight.register_hook(hook)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two nests of dicts, lists and tensors are the same bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def training_log(trainer: Any) -> list[dict[str, float]]:
+    """Log entries of training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
