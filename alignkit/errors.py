@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 
 class AlignkitError(Exception):
-    """Base of everything that alignkit raises deliberately."""
+    """Base of everything that alignkit raises deliberately.
+
+    Messages quote rows, file names and other people's errors; what a terminal would act on in them is escaped.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DataError(AlignkitError, ValueError):
@@ -35,6 +41,20 @@ class CheckpointError(AlignkitError, RuntimeError):
 
 class PublishError(AlignkitError, RuntimeError):
     """The Hub refused, could not be reached, or does not hold what was sent; what lies on disk is as it was."""
+
+
+def printable(text: str) -> str:
+    """Escape whatever a terminal might act on: control characters, marks that reverse the direction of text.
+
+    Line breaks stay. Everything that a dataset, a model or a stranger's file wrote goes through here on its way to a
+    terminal or a log.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkit.cli.output import AsJson, console, print_json
+from alignkit.errors import printable
 from alignkit.hub.wording import base_name, size
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def export(
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     for what, value in _facts(exported):
-        table.add_row(what, Text(value))
+        table.add_row(what, Text(printable(value)))
     console().print(table)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkit.cli.output import AsJson, console, print_json
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, printable
 
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Output directory of a run, or its run_record.json.", show_default=False)
@@ -34,11 +34,11 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         print_json(record.as_dict())
         return
     screen = console()
-    table = Table(title=f"Run: {record.method}", title_justify="left", show_header=False)
+    table = Table(title=Text(f"Run: {printable(record.method)}"), title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     for name, value in _facts(record):
-        table.add_row(name, Text(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     screen.print(table)
     for evaluation in record.evaluations:
         screen.print(evaluation_table(evaluation))
@@ -71,12 +71,12 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
 
     baseline = evaluation.get("baseline") or {}
     title = f"{evaluation_title(evaluation['name'])}: {evaluation['rows']} rows, 95 % intervals"
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for heading in ("", "before", "after") if baseline else ("", "value"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, metric in evaluation["metrics"].items():
         shown = [figure(baseline.get(name))] if baseline else []
-        table.add_row(*map(Text, (metric_title(name), *shown, figure(metric))))
+        table.add_row(*(Text(printable(cell)) for cell in (metric_title(name), *shown, figure(metric))))
     return table
 
 

@@ -12,6 +12,9 @@ from alignkit.data.records import NUMBERS
 from alignkit.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+# Of one line, and of a file that is one JSON list and so read as a whole. A sparse file has any size for nothing.
+_MAX_LINE_BYTES = 256 * 2**20
+_MAX_LIST_BYTES = 4 * 2**30
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # csv refuses more than 131,072 by default; transcripts can be longer
 
 
@@ -36,10 +39,16 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if (size := path.stat().st_size) > _MAX_LIST_BYTES:
+        raise DataError(
+            f"{path} is one JSON list of {size:,} bytes, which would be read as a whole. Write one row a line (.jsonl)."
+        )
     text = _decode(path.read_bytes().removeprefix(_BOM), path, 0, 1)
     try:
         rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise DataError(f"{path} is nested too deep to be read. Rows are flat: do not use this file.") from error
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -56,7 +65,9 @@ def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise DataError(f"{path}, line {number} is nested too deep to be read. Leave this row out.") from error
+    except ValueError as error:
         whole = " (is the file one JSON object? A list of rows is expected, or one row a line)" if number == 1 else ""
         raise DataError(
             f"{path}, line {number} is not valid JSON: {error}; the line starts {line[:40]!a}{whole}"
@@ -86,7 +97,11 @@ def csv_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _decoded_lines(path: Path) -> Iterator[str]:
     offset = 0
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), start=1):
+            if len(raw) == _MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}, line {number} has {_MAX_LINE_BYTES:,} bytes or more and is no row. Is the file damaged?"
+                )
             yield _decode(raw.removeprefix(_BOM) if number == 1 else raw, path, offset, number)
             offset += len(raw)
 

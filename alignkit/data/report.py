@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkit.data.reasons import DropReason
-from alignkit.errors import DataError
+from alignkit.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class PreparationReport:
             reasons = ", ".join(f"{reason.value} ({rows.count})" for reason, rows in self.drops.items())
             logger.warning(
                 "%s: %d of %d rows are left out: %s. The trainer's `reports` say which.",
-                self.name,
+                printable(self.name),
                 self.rows_dropped,
                 self.rows_in,
                 reasons,
@@ -134,7 +134,7 @@ class PreparationReport:
 
     def table(self) -> Table:
         """Return everything as one `rich` table."""
-        table = Table(title=f"Preparation of {self.name}", title_justify="left")
+        table = Table(title=Text(f"Preparation of {printable(self.name)}"), title_justify="left")
         table.add_column("what", no_wrap=True)
         table.add_column("count", justify="right", no_wrap=True)
         table.add_column("rows", overflow="fold", ratio=1)
@@ -176,7 +176,7 @@ class PreparationReport:
 
 def _cells(rows: RowCount) -> tuple[str, str, Text]:
     ids = ", ".join(map(str, rows.row_ids)) + (", …" if rows.count > len(rows.row_ids) else "")
-    return str(rows.count), ids, Text(rows.example)
+    return str(rows.count), ids, Text(printable(rows.example))
 
 
 def _quantiles(counts: Counter[int]) -> dict[str, int]:

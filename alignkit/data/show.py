@@ -8,6 +8,8 @@ from typing import Any
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.errors import printable
+
 OPEN, CLOSE = "⟦", "⟧"
 _GOOD, _BAD, _HEADING = "bold green", "bold red", "dim"
 
@@ -15,8 +17,9 @@ _GOOD, _BAD, _HEADING = "bold green", "bold red", "dim"
 def show_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
     """Decode a prepared row; what is trained on stands between ⟦ and ⟧ and, on a terminal, in colour.
 
-    Special tokens such as EOS are shown. For unpaired rows (those with a `label`) the mismatched completion, which
-    only serves the KL estimate, is shown without brackets. A row of `prepare_prompts` has only a prompt.
+    Special tokens such as EOS are shown, and what a terminal would act on is escaped. For unpaired rows (those with a
+    `label`) the mismatched completion, which only serves the KL estimate, is shown without brackets. A row of
+    `prepare_prompts` has only a prompt.
 
     Args:
         row: a row of `prepare_preferences`, with `prompt_ids`, `chosen_ids`, `rejected_ids`, or of `prepare_prompts`.
@@ -46,6 +49,7 @@ def show_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _part(text: Text, heading: str, content: str, style: str | None) -> None:
     text.append(f"── {heading} ──\n", style=_HEADING)
+    content = printable(content)
     text.append(content if style is None else f"{OPEN}{content}{CLOSE}", style=style)
     text.append("\n")
 

@@ -14,6 +14,7 @@ import datasets
 from datasets import Dataset, IterableDataset, ReadInstruction
 
 from alignkit.data import files
+from alignkit.data.data_folders import check_data_folder, check_parquet
 from alignkit.errors import DataError, nearest
 
 DEMO_FILE = Path(__file__).parent / "demo" / "preferences.jsonl"
@@ -48,6 +49,7 @@ def load_preferences(
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
             return _named(_load_saved(path, base, cut, streaming), f"{path.name}, {split}")
+        check_data_folder(path)
     elif _looks_like_path(name_or_path):
         raise DataError(_no_such_file(path))
     return _load_hub(name_or_path, base, cut, streaming, config_name)
@@ -147,6 +149,7 @@ def _rows_to_dataset(rows: list[dict[str, Any]], origin: str) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
+    check_parquet(path)
     try:
         return Dataset.from_parquet(str(path))
     except Exception as error:  # datasets wraps whatever the reader raised in errors of its own
@@ -154,6 +157,7 @@ def _read_parquet(path: Path) -> Dataset:
 
 
 def _load_saved(path: Path, base: str, cut: str, streaming: bool) -> Dataset | IterableDataset:
+    check_data_folder(path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:

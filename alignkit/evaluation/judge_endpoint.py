@@ -200,7 +200,7 @@ def _content(reply: bytes) -> str | None:
     """The text of the first choice, or None where the reply has another form."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return content if isinstance(content, str) else None
 

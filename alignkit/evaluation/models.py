@@ -141,7 +141,7 @@ def _is_classifier(model: Any) -> bool:
         return False
     try:
         config, _ = PreTrainedConfig.get_config_dict(source.name, **source.kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
     return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
 

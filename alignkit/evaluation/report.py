@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignkit.errors import printable
 from alignkit.evaluation.generation import Answers
 from alignkit.evaluation.preference import Estimate, PreferenceSummary
 
@@ -46,7 +47,7 @@ def answers_table(answers: Sequence[Answers]) -> Table:
     for answer in answers:
         prompt = answer.prompt if len(answer.prompt) <= _PROMPT_END else "…" + answer.prompt[-_PROMPT_END:]
         texts = [prompt, *([answer.reference or ""] if has_reference else []), answer.policy]
-        table.add_row(*map(Text, texts))
+        table.add_row(*(Text(printable(text)) for text in texts))
     return table
 
 

@@ -28,7 +28,7 @@ from alignkit.hub.merge_inputs import adapter_folder, adapter_source, base_of, n
 from alignkit.hub.record import RECORD_FILE, RunRecord, write_json
 from alignkit.models.adapters import continue_adapter
 from alignkit.models.load import load_model, load_tokenizer
-from alignkit.models.source import Source, hub_kwargs_of
+from alignkit.models.source import Source, check_whole_model, hub_kwargs_of
 
 MERGE_FILE = "merge_check.json"
 
@@ -176,6 +176,7 @@ def _say_what_is_needed(base: Source, dtype: torch.dtype, folder: Path, trust_re
         raise ConfigError(f"dtype {dtype} cannot be merged into: use torch.bfloat16, float16 or float32.")
     if base.gguf_file is not None:
         return  # its size says little about that of the model
+    check_whole_model(base, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(base.name, trust_remote_code=trust_remote_code, **base.kwargs)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import Trainer
 
 from alignkit import __version__
-from alignkit.errors import ConfigError, PublishError
+from alignkit.errors import ConfigError, PublishError, printable
 from alignkit.hub.secrets import Scanner, config_paths, refuse_secrets
 from alignkit.hub.staging import CARD, Staged, stage
 from alignkit.hub.trouble import Patience, diagnose
@@ -266,6 +266,6 @@ def _show(staged: Staged, repo_id: str) -> None:
     console.print(f"{repo_id}: {len(staged.files)} files would go up (dry run, nothing was sent)")
     width = max(map(len, staged.files))
     for name in staged.files:
-        console.print(f"  {name:<{width}}  {staged.size(name):>12,} bytes  sha256 {staged.digest(name)}")
+        console.print(f"  {printable(name):<{width}}  {staged.size(name):>12,} bytes  sha256 {staged.digest(name)}")
     console.print(f"\n{CARD}:\n")
-    console.print((staged.folder / CARD).read_text(encoding="utf-8"))
+    console.print(printable((staged.folder / CARD).read_text(encoding="utf-8")))

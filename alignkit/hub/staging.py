@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from alignkit.data.plain_files import check_regular, read_json_object
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.hub.bases import BaseName, name_base
 from alignkit.hub.card import write_card
@@ -27,6 +28,8 @@ from alignkit.hub.record import RECORD_FILE, RunRecord
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 CARD = "README.md"
+
+_MAX_JSON_BYTES = 512 * 2**20  # the largest tokenizers have 40 MB
 
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _MODEL_FILES = (MODEL_CONFIG, "generation_config.json")
@@ -167,6 +170,7 @@ def _found(sources: Sequence[Path], patterns: Sequence[str]) -> Iterator[tuple[s
         for pattern in patterns:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
+                    check_regular(path, folder=source, error=ModelError)  # a link to a key would be published with it
                     yield path.relative_to(source).as_posix(), path
 
 
@@ -229,13 +233,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is none.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path.name} is not JSON that can be read ({error}). Save the model again.") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} holds no JSON object. Save the model again.")
-    return found
+    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, error=ModelError)
 
 
 def write_text_json(path: Path, content: dict[str, Any]) -> None:

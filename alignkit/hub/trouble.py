@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from alignkit.errors import PublishError
+from alignkit.errors import PublishError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Patience:
                 logger.warning(
                     "Could not %s: %s Trying again in %.0f s (%d of %d).",
                     doing,
-                    trouble.text,
+                    printable(trouble.text),
                     pause,
                     attempt,
                     self.max_retries,

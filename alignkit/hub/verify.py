@@ -25,6 +25,7 @@ from alignkit.models.source import explain
 
 _BY_HASH = "all {} files were fetched back at the commit and have the same SHA-256"
 _TOKENS = 12
+_SAFE = {"use_safetensors": True, "trust_remote_code": False}
 _WEIGHTS = ("*.safetensors", "*.bin")
 _HEAD_WEIGHT = "score.weight"
 # Weights are read twice at most while a model is being loaded.
@@ -113,7 +114,7 @@ def _compare_adapters(staged: Staged, fetched: Path) -> str | None:
     here = _folder_of(staged.base.here or staged.base.name)
     if here is None:
         return f"the base {staged.base.name} is not on this machine"
-    base = _load(lambda: kind.from_pretrained(here, dtype="auto", **settings), here)
+    base = _load(lambda: kind.from_pretrained(here, dtype="auto", **_SAFE, **settings), here)
     if isinstance(base, str):
         return f"the base {staged.base.name} {base}"
     try:
@@ -130,13 +131,13 @@ def _compare_adapters(staged: Staged, fetched: Path) -> str | None:
 
 
 def _compare_models(staged: Staged, fetched: Path) -> str | None:
-    architectures = AutoConfig.from_pretrained(str(staged.folder)).architectures or [""]
+    architectures = AutoConfig.from_pretrained(str(staged.folder), trust_remote_code=False).architectures or [""]
     is_classifier = architectures[0].endswith("ForSequenceClassification")
     kind: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     # One after the other, so that two never lie in memory.
     found = []
     for folder in (staged.folder, fetched):
-        model = _load(lambda folder=folder: kind.from_pretrained(folder, dtype="auto"), folder)
+        model = _load(lambda folder=folder: kind.from_pretrained(folder, dtype="auto", **_SAFE), folder)
         if isinstance(model, str):
             if found:
                 raise PublishError(f"the model that the Hub holds cannot be loaded: it {model}")

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError, nearest
 from alignkit.models.heads import SCORE, has_head
+from alignkit.models.untrusted.adapters import check_fits, find_adapter
 
 REFERENCE_ADAPTER = "reference"
 
@@ -95,14 +96,16 @@ def continue_adapter(
     config = _checked_copy(peft_config, base)
     config.base_model_name_or_path = peft_config.base_model_name_or_path
     _register(config, custom_modules)
+    files = find_adapter(name, **hub_kwargs)
+    check_fits(files, base, name)
     try:
         with peft_warnings():
-            model = PeftModel.from_pretrained(base, str(name), is_trainable=True, config=config, **hub_kwargs)
+            model = PeftModel.from_pretrained(base, str(files.folder), is_trainable=True, config=config)
     except (ValueError, RuntimeError, OSError, UserWarning) as error:
         raise ModelError(f"The adapter '{name}' cannot be put on its base: {str(error).splitlines()[0]}") from error
     keep_adapters_fp32(model)
     # Copies of base modules were created in the base's dtype, which rounded the saved fp32 weights: read them again.
-    model.load_adapter(str(name), "default", is_trainable=True, **hub_kwargs)
+    model.load_adapter(str(files.folder), "default", is_trainable=True)
     return model.train(base.training)
 
 
@@ -123,7 +126,10 @@ def add_frozen_adapter(
     """
     if name in model.peft_config:
         raise ModelError(f"the model has an adapter called '{name}' already; delete it, or load the model anew")
+    files = find_adapter(path, **hub_kwargs)
+    check_fits(files, model.get_base_model(), path)
     if isinstance(peft_config, LoraConfig):
+        _check_lora(peft_config)
         peft_config.lora_dropout = 0.0
     peft_config.inference_mode = True
     _register(peft_config, custom_modules)
@@ -132,7 +138,7 @@ def add_frozen_adapter(
     try:
         with torch.random.fork_rng(devices=[]), peft_warnings():  # what is drawn here is overwritten
             model.add_adapter(name, peft_config)
-        result = model.load_adapter(str(path), name, torch_device=str(model.device), **hub_kwargs)
+        result = model.load_adapter(str(files.folder), name, torch_device=str(model.device))
         misfits = [*result.missing_keys, *result.unexpected_keys]
         if misfits:
             raise ValueError(f"{len(misfits)} weights do not match, such as {misfits[0]}")

@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GgufConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import is_bitsandbytes_available
 
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, ModelError, printable
 from alignkit.models.adapters import (
     CustomModules,
     add_adapter,
@@ -38,7 +36,15 @@ from alignkit.models.adapters import (
     keep_adapters_fp32,
     reference_adapter,
 )
-from alignkit.models.source import HUB_KWARGS, Source, explain, hub_kwargs_of, locate
+from alignkit.models.source import (
+    HUB_KWARGS,
+    LOADING_ERRORS,
+    Source,
+    check_whole_model,
+    explain,
+    hub_kwargs_of,
+    locate,
+)
 from alignkit.models.tokenizer import load_tokenizer, with_pad_token
 
 __all__ = [
@@ -182,6 +188,8 @@ def _merged(
 ) -> dict[str, Any]:
     """Join `model_init_kwargs` with the arguments that have a name of their own; the two must not contradict."""
     kwargs = dict(model_init_kwargs or {})
+    if kwargs.get("use_safetensors") is False:
+        raise ConfigError("use_safetensors=False would load pickles, which can run anything: weights are safetensors.")
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     kwargs["dtype"] = _parse_dtype(kwargs.get("dtype"))
@@ -211,9 +219,10 @@ def _load_base(
     if source.gguf_file is not None:
         quantized = _prepare_gguf(source, kwargs)
     else:
-        checkpoint = _read_config(source, trust_remote_code)
+        checkpoint = check_whole_model(source, trust_remote_code=trust_remote_code)
         _check_architecture(source.name, checkpoint, trust_remote_code)
         quantized = _prepare_quantization(source.name, checkpoint, kwargs)
+        kwargs["use_safetensors"] = True  # else pickles would be the way back
     kwargs["dtype"] = compute_dtype(device) if kwargs.get("dtype") is None else kwargs["dtype"]
     device_map = _device_map(kwargs.pop("device_map", None), device, quantized=quantized)
     if device_map is not None:
@@ -222,11 +231,13 @@ def _load_base(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, trust_remote_code=trust_remote_code, output_loading_info=True, **source.kwargs, **kwargs
         )
+    except torch.OutOfMemoryError:
+        raise
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
-            raise
+            raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
         raise ConfigError(f"model_init_kwargs holds something that the model does not take: {error}") from error
-    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
     model, info = loaded
     _check_complete(source.name, info["missing_keys"], trust_remote_code)
@@ -244,27 +255,6 @@ def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
-
-
-def _read_config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(source.name, **source.kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
-    if not config:
-        raise ModelError(f"'{source.name}' holds no model: it has neither config.json nor adapter_config.json.")
-    model_type = config.get("model_type")
-    if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
-        raise ModelError(
-            f"'{source.name}' (model type {model_type!r}) needs its own Python code to run. If you trust its authors, "
-            "pass trust_remote_code=True."
-        )
-    if "auto_map" not in config and model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"'{source.name}' has the model type {model_type!r}, which the installed transformers does not know. A "
-            "newer transformers may."
-        )
-    return config
 
 
 def _check_architecture(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -356,7 +346,7 @@ def _check_complete(name: str, missing_keys: set[str], trust_remote_code: bool) 
     if not trust_remote_code:
         raise ModelError(f"{message} Is this the whole checkpoint of a causal language model?")
     # Code from a repository may fill such weights itself, so this is not certain to be wrong.
-    logger.warning("%s Check that the model's own code sets them.", message)
+    logger.warning("%s Check that the model's own code sets them.", printable(message))
 
 
 def _need_bitsandbytes() -> None:

@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
@@ -19,6 +19,7 @@ from alignkit.models.adapters import CustomModules, add_frozen_adapter, continue
 from alignkit.models.heads import SCORE, add_reward_head, has_head, put_head
 from alignkit.models.load import load_model
 from alignkit.models.source import Source, hub_kwargs_of, locate
+from alignkit.models.untrusted.adapters import find_adapter
 
 # PEFT adds these to `modules_to_save` of every classifier, and would once more with every round of loading and saving.
 _PEFT_HEADS = ("classifier", SCORE)
@@ -41,8 +42,8 @@ def find_reward_adapter(path: str | Path, **hub_kwargs: Any) -> SavedReward | No
     source = locate(path, hub_kwargs)
     if source.adapter is None or source.adapter.task_type != TaskType.SEQ_CLS:
         return None
-    weights = load_peft_weights(source.name, device="cpu", **hub_kwargs_of(source))
-    heads = [tensor for name, tensor in weights.items() if name.endswith(f".{SCORE}.weight")]
+    tensors = find_adapter(source.name, **hub_kwargs_of(source)).tensors
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(f".{SCORE}.weight")]
     if len(heads) != 1:
         raise ModelError(
             f"'{path}' is an adapter of a sequence classifier without a head '{SCORE}', so it gives no rewards. Train "

@@ -19,8 +19,9 @@ from alignkit.models.adapters import peft_warnings
 from alignkit.models.heads import SCORE, ScalarHead
 from alignkit.models.load import compute_dtype, training_device
 from alignkit.models.reward_adapter import find_reward_adapter
-from alignkit.models.source import explain, hub_kwargs_of, locate
+from alignkit.models.source import LOADING_ERRORS, Source, check_whole_model, explain, hub_kwargs_of, locate
 from alignkit.models.tokenizer import load_tokenizer, with_distinct_pad_token
+from alignkit.models.untrusted.adapters import check_fits, find_adapter
 
 
 class RewardModel(NamedTuple):
@@ -68,23 +69,28 @@ def load_reward_model(
         source = locate(folder, {})
         if source.adapter is not None:
             raise ModelError(f"'{folder}' is an adapter of a language model, not a reward model")
-        model: Any = _classifier(source.name, **settings)
+        model: Any = _classifier(source, **settings)
     else:
-        base: Any = _classifier(saved.source.base, num_labels=saved.outputs, **settings)
+        base: Any = _classifier(locate(saved.source.base, {}), num_labels=saved.outputs, **settings)
+        files = find_adapter(saved.source.name, **hub_kwargs_of(saved.source))
+        check_fits(files, base, folder)
         # The adapter copies this module: fp32, and cast to by itself, like the head that was trained.
         width = base.get_submodule(SCORE).weight.shape[1]
         base.add_module(SCORE, ScalarHead(width, saved.outputs).to(base.device))
         with peft_warnings():
-            model = PeftModel.from_pretrained(base, saved.source.name, **hub_kwargs_of(saved.source))
+            model = PeftModel.from_pretrained(base, str(files.folder))
     return RewardModel((model if quantization_config is not None else model.to(device)).eval(), tokenizer)
 
 
-def _classifier(name: str, **settings: Any) -> PreTrainedModel:
+def _classifier(source: Source, **settings: Any) -> PreTrainedModel:
+    check_whole_model(source, trust_remote_code=settings["trust_remote_code"])
     try:
         with without_load_report():
-            return AutoModelForSequenceClassification.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The reward model cannot be loaded: {explain(error, name)}") from error
+            return AutoModelForSequenceClassification.from_pretrained(source.name, use_safetensors=True, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ModelError(f"The reward model cannot be loaded: {explain(error, source.name)}") from error
 
 
 @contextlib.contextmanager

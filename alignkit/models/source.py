@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,33 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftConfig
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from alignkit.errors import ModelError, nearest
 from alignkit.models.demo import DEMO_NAME, demo_model_path, is_demo_folder
+from alignkit.models.untrusted.adapters import ADAPTER_CONFIG, read_adapter_config
+from alignkit.models.untrusted.configs import CONVERT, check_config
+from alignkit.models.untrusted.folders import CONFIG, check_folder, check_model_weights
 
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = [
+    "ADAPTER_CONFIG",
+    "HUB_KWARGS",
+    "LOADING_ERRORS",
+    "Source",
+    "check_whole_model",
+    "explain",
+    "hub_kwargs_of",
+    "locate",
+]
+
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+# What transformers raises over a checkpoint that is not what it says; running out of memory is another matter.
+LOADING_ERRORS = (
+    *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, SafetensorError, struct.error),
+)
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "model*.index.json")
 
 
@@ -88,6 +109,38 @@ def locate(model: str | Path, kwargs: Mapping[str, Any]) -> Source:
     return _from_hub(str(model), dict(kwargs))
 
 
+def check_whole_model(source: Source, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Look over a whole model before it is loaded, and return its config as a dictionary.
+
+    On the Hub the weights are fetched by transformers, as safetensors alone; in a folder they are looked over here.
+
+    Raises:
+        ModelError: nothing there, a config or weights that are not to be loaded, or a model type that needs code.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.name, **source.kwargs)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
+    if not config:
+        raise ModelError(f"'{source.name}' holds no model: it has neither config.json nor adapter_config.json.")
+    model_type = config.get("model_type")
+    if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"'{source.name}' (model type {model_type!r}) needs its own Python code to run. If you trust its authors, "
+            "pass trust_remote_code=True."
+        )
+    if "auto_map" not in config and model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"'{source.name}' has the model type {model_type!r}, which the installed transformers does not know. A "
+            "newer transformers may."
+        )
+    folder = Path(source.name).expanduser() / source.kwargs.get("subfolder", "")
+    check_config(config, f"{folder / CONFIG}", trust_remote_code=trust_remote_code)
+    if folder.is_dir():
+        check_model_weights(folder)
+    return config
+
+
 def explain(error: BaseException, name: str) -> str:
     """Say in one sentence why transformers or the Hub refused `name`."""
     for cause in _chain(error):
@@ -101,6 +154,8 @@ def explain(error: BaseException, name: str) -> str:
             return f"'{name}' is neither a folder here nor in the local cache, and the Hub was not reached."
         if isinstance(cause, HfHubHTTPError):
             return f"the Hub answered with an error for '{name}': {_first_line(cause)}"
+    if "use_safetensors" in str(error):
+        return f"'{name}' holds no safetensors. {CONVERT}"
     if "trust_remote_code" in str(error):
         return f"'{name}' needs its own Python code to run. If you trust its authors, pass trust_remote_code=True."
     return _first_line(error)
@@ -127,6 +182,8 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> Source:
 
 def _from_folder(path: Path, kwargs: dict[str, Any]) -> Source:
     folder = path / kwargs.get("subfolder", "")
+    if folder.is_dir():
+        check_folder(folder)
     has_adapter = (folder / ADAPTER_CONFIG).is_file()
     has_weights = any(True for pattern in _WEIGHT_FILES for _ in folder.glob(pattern))
     if has_adapter and has_weights:
@@ -135,6 +192,7 @@ def _from_folder(path: Path, kwargs: dict[str, Any]) -> Source:
             f"{ADAPTER_CONFIG} and its weights to a folder of their own, or load the two yourself and pass a PeftModel."
         )
     if has_adapter:
+        read_adapter_config(folder / ADAPTER_CONFIG, folder=folder)
         return Source(str(path), kwargs, adapter=_adapter_config(str(path), kwargs))
     gguf = sorted(folder.glob("*.gguf"))
     if gguf and not has_weights:
@@ -153,14 +211,17 @@ def _from_hub(name: str, kwargs: dict[str, Any]) -> Source:
         found = find_adapter_config_file(name, **kwargs)
     except OSError as error:
         raise ModelError(f"The model cannot be loaded: {explain(error, name)}{_nearest_path(Path(name))}") from error
-    return Source(name, kwargs, adapter=None if found is None else _adapter_config(name, kwargs))
+    if found is None:
+        return Source(name, kwargs)
+    read_adapter_config(Path(found))
+    return Source(name, kwargs, adapter=_adapter_config(name, kwargs))
 
 
 def _adapter_config(name: str, kwargs: Mapping[str, Any]) -> PeftConfig:
     options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
     try:
         return PeftConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{ADAPTER_CONFIG} of '{name}' cannot be read: {_first_line(error)}") from error
 
 

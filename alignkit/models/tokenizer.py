@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import struct
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
-from alignkit.models.source import Source, explain, locate
+from alignkit.models.source import LOADING_ERRORS, Source, explain, locate
+from alignkit.models.untrusted.folders import check_tokenizer
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -90,11 +90,14 @@ def _has_tokenizer(source: Source) -> bool:
 
 def _from_pretrained(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     kwargs = dict(source.kwargs)
+    folder = Path(source.name).expanduser() / kwargs.get("subfolder", "")
     if source.gguf_file is not None:
         kwargs["gguf_file"] = source.gguf_file
+    elif folder.is_dir():
+        check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
+    except (*LOADING_ERRORS, RecursionError) as error:
         raise ModelError(
             f"No tokenizer could be loaded from '{source.name}': {explain(error, source.name)} "
             "If the tokenizer lives elsewhere, load it yourself and pass it as processing_class."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from alignkit.errors import DataError, TrainingError
+from alignkit.errors import DataError, TrainingError, printable
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -139,7 +139,7 @@ class RewardError(TrainingError):
         fault, others = self.faults[0], len(self.faults) - 1
         where = "all samples of the call" if fault.index is None else f"sample {fault.index}"
         more = f" ({others} more of these samples cannot be scored either.)" if others else ""
-        return (
+        return printable(
             f"reward '{self.source}', {where}: {fault.message}{more} To leave such samples out and count them, choose "
             '"drop" for reward errors.'
         )

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.load import load_tokenizer, training_device
 from alignkit.models.lora import is_quantized
-from alignkit.models.source import HUB_KWARGS, explain, locate
+from alignkit.models.source import HUB_KWARGS, LOADING_ERRORS, check_whole_model, explain, locate
 from alignkit.rollout.callables import CallableReward
 from alignkit.rollout.classifier import ClassifierReward, base_of
 from alignkit.rollout.reward import RewardSource
@@ -113,11 +113,18 @@ def load_classifier(
         raise ModelError(
             f"'{model}' holds {kind}, not a whole sequence classifier; load it yourself and pass the model"
         )
+    check_whole_model(source, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            source.name, trust_remote_code=trust_remote_code, output_loading_info=True, **source.kwargs, **kwargs
+            source.name,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **source.kwargs,
+            **{**kwargs, "use_safetensors": True},
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
         raise ModelError(f"The reward model cannot be loaded: {explain(error, source.name)}") from error
     classifier, info = loaded
     if info["missing_keys"]:

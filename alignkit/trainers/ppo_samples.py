@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from alignkit.errors import printable
 from alignkit.rollout.collect import Rollout
 
 SHOWN_CHARACTERS = 600  # of a prompt (its end) or a completion (its beginning) in a table
@@ -72,17 +73,6 @@ def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['tokens']}{'' if row['finished'] else ', cut'}",
         )
     return table
-
-
-def printable(text: str) -> str:
-    """Escape whatever a terminal might act on: control characters, marks that reverse the direction of text.
-
-    Line breaks stay.
-    """
-    return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def prompt_text(source: Any) -> str:

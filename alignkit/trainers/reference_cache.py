@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from alignkit.data.collate import ID_COLUMNS
-from alignkit.errors import ConfigError, TrainingError
+from alignkit.errors import ConfigError, TrainingError, printable
 from alignkit.models.bundle import REFERENCE, ModelBundle
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def with_reference_logps(trainer: DPOTrainer, dataset: Dataset | IterableDataset
         if trainer.accelerator.is_main_process:
             _write(path, logps)
     else:
-        logger.info("Reference log-probabilities of '%s' come from %s", name, path)
+        logger.info("Reference log-probabilities of '%s' come from %s", printable(name), path)
     for column, values in zip(COLUMNS, logps.unbind(1), strict=True):
         dataset = dataset.add_column(column, values.tolist())
     return dataset
@@ -164,7 +164,7 @@ def _read(path: Path, rows: int) -> Tensor | None:
     try:
         logps = load_file(path)["logps"]
     except (SafetensorError, KeyError, OSError) as error:
-        logger.warning("%s cannot be read (%s); computing it anew", path, error)
+        logger.warning("%s cannot be read (%s); computing it anew", path, printable(str(error)))
         return None
     return logps if logps.shape == (rows, 2) and bool(torch.isfinite(logps).all()) else None
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.errors import ConfigError, nearest
-from alignkit.models.source import explain
-from alignkit.models.tokenizer import with_distinct_pad_token
+from alignkit.errors import ConfigError, ModelError, nearest
+from alignkit.models.tokenizer import load_tokenizer, with_distinct_pad_token
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.setup import build_tokenizer
 
@@ -60,9 +59,9 @@ def _chat_template(path: str, tokenizer: PreTrainedTokenizerBase, args: RewardCo
         except OSError as error:
             raise ConfigError(f"chat_template_path={path!r} cannot be read: {error.strerror}") from None
     try:
-        other: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"chat_template_path={path!r} is no tokenizer: {explain(error, path)}") from error
+        other: Any = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+    except ModelError as error:
+        raise ConfigError(f"chat_template_path={path!r} is no tokenizer: {error}") from error
     if other.chat_template is None:
         raise ConfigError(f"chat_template_path={path!r}: that tokenizer has no chat template")
     known = tokenizer.get_vocab()

@@ -33,7 +33,6 @@ from alignkit.trainers.ppo_callbacks import (
 )
 from alignkit.trainers.ppo_config import PPOConfig
 from alignkit.trainers.ppo_metrics import completion_metrics, reward_metrics, shaping_metrics, value_metrics
-from alignkit.trainers.ppo_samples import printable
 from tests.trainers.ppo_rollouts import MASK, RETURNS, rewards, rollout
 
 MODEL, TOKENIZER = object(), object()
@@ -214,10 +213,6 @@ def test_a_terminal_is_shown_nothing_that_it_obeys(tmp_path):
     (first, *_) = (tmp_path / SAMPLES_FILE).read_text().splitlines()
     assert json.loads(first)["completion"] == wicked  # the file keeps it
     assert not {"\x1b", "\x9b", "\u202e"} & set(first)
-
-
-def test_printable():
-    assert printable("naïve 日本 a\tb\nc\x00\u2028") == "naïve 日本 a\\tb\nc\\x00\\u2028"
 
 
 def test_long_texts_are_cut_on_the_terminal_only(tmp_path):
