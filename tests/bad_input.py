@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel, Trainer
 
+from alignkit.checkpoint.lock import LOCK
 from alignkit.models.adapters import add_adapter
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
@@ -92,7 +93,11 @@ class Attempts:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != LOCK
+    }
 
 
 @contextmanager

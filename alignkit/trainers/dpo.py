@@ -154,7 +154,6 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         for callback in dpo_callbacks(self.bundle, args, args.beta):
             self.add_callback(callback)
         use_progress_display(self)
-        self.model.add_model_tags(list(self._tag_names))
         method = "kto" if self.objective.is_unpaired else "dpo"
         self.record = begin_record(self, method, train_dataset, eval_dataset, self.reports)
         self.begin_checkpoints({"window/train": self._windows["train"]}, moving_reference(self.bundle, args))

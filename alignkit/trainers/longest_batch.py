@@ -18,7 +18,7 @@ from alignkit.trainers.boundary import random_states, set_random_states
 from alignkit.trainers.passes import Batch, accumulate
 
 if TYPE_CHECKING:
-    from alignkit.trainers.guards import GuardsSteps
+    from alignkit.trainers.guarded_steps import GuardsSteps
 
 logger = logging.getLogger(__name__)
 

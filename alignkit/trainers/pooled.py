@@ -109,9 +109,9 @@ class PooledWindow:
         """Return the open window."""
         return {name: {"kind": figure.kind, "sums": figure.sums} for name, figure in self._figures.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Set the open window to what `state_dict` returned."""
-        self._figures = {name: Pooled(saved["kind"], saved["sums"]) for name, saved in state.items()}
+        self._figures = {name: Pooled(saved["kind"], saved["sums"]) for name, saved in state_dict.items()}
 
 
 def _sums(first: Tensor, *others: Tensor) -> Tensor:

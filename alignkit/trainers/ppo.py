@@ -163,7 +163,6 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         for callback in (*own, *reporting_callbacks(callbacks or ())):
             self.add_callback(callback)
         use_progress_display(self)
-        self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
         self.begin_checkpoints({"ppo": self.ppo_state})
         self.begin_guards(lambda: self._is_stopped, self._begin_minibatch)

@@ -149,7 +149,6 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         for callback in engine_callbacks(self.bundle, args):
             self.add_callback(callback)
         use_progress_display(self)
-        self.model.add_model_tags(list(self._tag_names))
         self.record = begin_record(self, "reward", train_dataset, eval_dataset, self.reports)
         self.begin_checkpoints({"window/train": self._windows["train"]})
         self.begin_guards()

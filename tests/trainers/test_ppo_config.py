@@ -72,6 +72,7 @@ def test_options_of_the_engine_are_read_too(name: str):
             "trainers/budget.py",
             "trainers/setup.py",
             "trainers/guarded_steps.py",
+            "trainers/checkpointing.py",
         ),
     )
 

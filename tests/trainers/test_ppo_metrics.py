@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from alignkit.checkpoint.states import read_states, write_states
 from alignkit.errors import ConfigError
 from alignkit.functional.ppo import clipped_policy_loss, clipped_value_loss
 from alignkit.functional.statistics import RunningMoments, pearson
@@ -265,10 +266,11 @@ def test_a_diverged_run_logs_nan_and_not_nothing():
     assert all(math.isnan(value) for value in found.values())
 
 
-def test_an_open_window_survives_json_bit_for_bit():
+def test_an_open_window_survives_a_file_bit_for_bit(tmp_path: Path):
     window, resumed = PooledWindow(), PooledWindow()
     window.add(rollout_metrics(rollout(), kl_coef=0.1))
-    resumed.load_state_dict(json.loads(json.dumps(window.state_dict())))
+    write_states(tmp_path / "states", window.state_dict())
+    resumed.load_state_dict(read_states(tmp_path / "states"))
     assert resumed.figures()["objective/kl"].read() == window.figures()["objective/kl"].read()
     for each in (window, resumed):
         each.add(rollout_metrics(rollout(), kl_coef=0.3))
