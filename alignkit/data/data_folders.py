@@ -17,8 +17,8 @@ _CARD = "README.md"
 _MAX_CARD_BYTES = 4 * 2**20
 _STATES = ("state.json", "dataset_info.json", "dataset_dict.json")
 # A column of one value repeated takes next to nothing on disk, and all of its length in memory and in the cache.
-_MANY_CELLS = 10**8
-_CELLS_PER_BYTE = 1000
+_MANY_CELLS = 10**7
+_CELLS_PER_BYTE = 20
 
 
 def check_data_folder(folder: Path) -> None:

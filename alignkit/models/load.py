@@ -235,15 +235,21 @@ def _load_base(
         raise
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
-            raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
+            raise _unloadable(source, error) from error
         raise ConfigError(f"model_init_kwargs holds something that the model does not take: {error}") from error
     except LOADING_ERRORS as error:
-        raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
+        raise _unloadable(source, error) from error
     model, info = loaded
     _check_complete(source.name, info["missing_keys"], trust_remote_code)
     if quantized and kwargs.get("quantization_config") is None:
         _compute_in(model, compute_dtype(device))
     return model.eval()
+
+
+def _unloadable(source: Source, error: BaseException) -> ModelError:
+    where = source.name if source.gguf_file is None else str(Path(source.name) / source.gguf_file)
+    reason = explain(error, source.name)
+    return ModelError(f"The model '{where}' cannot be loaded: {reason} Fetch it again, or give another.")
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

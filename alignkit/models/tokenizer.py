@@ -6,10 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.source import LOADING_ERRORS, Source, explain, locate
+from alignkit.models.untrusted.configs import check_config
 from alignkit.models.untrusted.folders import check_tokenizer
 
 
@@ -95,6 +96,8 @@ def _from_pretrained(source: Source, trust_remote_code: bool) -> PreTrainedToken
         kwargs["gguf_file"] = source.gguf_file
     elif folder.is_dir():
         check_tokenizer(folder)
+    else:
+        _check_hub_config(source)
     try:
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **kwargs)
     except (*LOADING_ERRORS, RecursionError) as error:
@@ -102,3 +105,12 @@ def _from_pretrained(source: Source, trust_remote_code: bool) -> PreTrainedToken
             f"No tokenizer could be loaded from '{source.name}': {explain(error, source.name)} "
             "If the tokenizer lives elsewhere, load it yourself and pass it as processing_class."
         ) from error
+
+
+def _check_hub_config(source: Source) -> None:
+    """Look over the `config.json` of a repository: transformers makes a config of it to choose a tokenizer."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.name, **source.kwargs)
+    except (OSError, ValueError, RecursionError):  # none, or one that transformers will refuse in its own words
+        return
+    check_config(config, f"{source.name}/config.json", trust_remote_code=True)

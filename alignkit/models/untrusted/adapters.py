@@ -27,7 +27,7 @@ MAX_RANK = 2**14
 _MAX_ADAPTER_BYTES = 4 * 2**20
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>A|B)(\.\w+)?\.weight$")
-_PATTERN_SECONDS = 5.0
+_PATTERN_SECONDS = 3.0
 
 
 class AdapterFiles(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignkit.data.plain_files import MAX_DEPTH, check_regular, nesting_depth, read_bytes, read_json_object
 from alignkit.errors import ModelError
-from alignkit.models.untrusted.configs import CONVERT, check_names, check_weight_map
+from alignkit.models.untrusted.configs import CONVERT, check_config, check_names, check_weight_map
 from alignkit.models.untrusted.tensors import read_header
 
 CONFIG = "config.json"
@@ -48,6 +48,8 @@ def check_folder(folder: Path) -> None:
         if path.is_file():
             settings = read_json_object(path, folder=folder, max_bytes=_MAX_SETTINGS_BYTES, error=ModelError)
             check_names(settings, str(path))
+            if name == CONFIG:  # tokenizers are loaded by it too; code is another question, for who loads the model
+                check_config(settings, str(path), trust_remote_code=True)
 
 
 def check_model_weights(folder: Path) -> None:
