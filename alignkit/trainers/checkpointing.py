@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from alignkit.checkpoint.atomic import tidy
+from alignkit.checkpoint.contents import as_checkpoint_errors, check_contents, check_weights
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified
 from alignkit.checkpoint.lock import sole_writer
 from alignkit.checkpoint.manifest import read_manifest
@@ -126,7 +127,10 @@ class KeepsCheckpoints(SavesWhole):
                 "resume_from_checkpoint='auto'.",
                 output_dir,
             )
-        if folder is not None and not weights_only:
+        if folder is not None and weights_only:
+            check_weights(folder)
+        elif folder is not None:
+            check_contents(folder)
             self._load_states(folder)
         if args.save_strategy != "no" and self.is_world_process_zero():
             require_space(output_dir, self._checkpoint_bytes(), "a checkpoint")
@@ -160,7 +164,8 @@ class KeepsCheckpoints(SavesWhole):
             self._tr_loss += saved["loss"].to(self._tr_loss)
             self._total_loss_scalar, self._globalstep_last_logged = saved["total_loss"], saved["last_logged_step"]
             self._initial_global_step = saved["first_step"]
-            super()._load_rng_state(folder)
+            with as_checkpoint_errors(Path(folder)):
+                super()._load_rng_state(folder)
             self._make_up(Rest(**saved["rest"]), saved["max_steps"])
             self._random_after_rest = random_states()
         self._resumable = Boundary.take(self), Rest()
@@ -237,13 +242,25 @@ class KeepsCheckpoints(SavesWhole):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.args.weights_only_resume:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with as_checkpoint_errors(Path(str(checkpoint))):
+                super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             logger.warning("weights_only_resume: optimizer, random numbers and logging windows begin anew.")
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 for _ in range(self.state.global_step):  # the schedule alone is a function of the step
                     self.lr_scheduler.step()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with as_checkpoint_errors(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if best.is_dir():
+            check_weights(best)
+        with as_checkpoint_errors(best):
+            super()._load_best_model()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if not self.args.weights_only_resume:

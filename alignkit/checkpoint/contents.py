@@ -1,0 +1,84 @@
+"""What lies in a checkpoint, looked over before anything of it is loaded.
+
+A manifest says that the files are those that its writer sealed. It does not say who that was: whoever sends a
+checkpoint can seal it. So nothing in it is opened before it is seen that opening runs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+
+from alignkit.data.plain_files import check_regular, read_json_object
+from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.untrusted.configs import CONVERT
+from alignkit.models.untrusted.folders import PICKLES
+from alignkit.models.untrusted.tensors import read_header
+from alignkit.models.untrusted.torch_files import check_torch_file
+
+_STATES = (".pt", ".pth")  # optimizer, scheduler, scaler, random generators
+_MAX_JSON_BYTES = 2**30  # the log of a long run; tokenizers
+
+
+def check_weights(folder: Path) -> None:
+    """Look over the weights of a checkpoint, and the state of its Trainer.
+
+    Raises:
+        CheckpointError: links, malformed files, weights that are pickles, or a Trainer's state that is none.
+    """
+    for path in _files(folder):
+        check_regular(path, folder=folder, error=CheckpointError)
+        if path.suffix == ".safetensors":
+            read_header(path, folder=folder, error=CheckpointError)
+        elif path.suffix == ".json":
+            read_json_object(path, folder=folder, max_bytes=_MAX_JSON_BYTES, error=CheckpointError)
+    # Trainer takes pickled weights where it finds no others.
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.suffix != ".pt")
+        if pickled:
+            raise CheckpointError(f"'{folder}' holds no safetensors but '{pickled[0]}'. {CONVERT}")
+    path = folder / TRAINER_STATE_NAME
+    if path.is_file():
+        with as_checkpoint_errors(path):
+            state = TrainerState.load_from_json(str(path))
+            if isinstance(state.global_step, bool) or not isinstance(state.global_step, int) or state.global_step < 0:
+                raise ValueError(f"it was made at step {state.global_step!r}")
+
+
+def check_contents(folder: Path) -> None:
+    """Look over all of a checkpoint, its optimizer's and generators' states included.
+
+    Raises:
+        CheckpointError: as `check_weights`, or a state that is no archive of tensors and plain values.
+    """
+    check_weights(folder)
+    for path in _files(folder):
+        if path.suffix in _STATES:
+            with safe_globals():  # numpy's generator, whose state is an array
+                check_torch_file(path, folder=folder)
+
+
+@contextlib.contextmanager
+def as_checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turn what a library raises over a file's content into an error that names the file and what to do."""
+    try:
+        yield
+    except (AlignkitError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"'{path}' does not fit this run: {lines[0] if lines else type(error).__name__}. Resume from another "
+            "checkpoint, or start anew."
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
