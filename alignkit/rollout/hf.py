@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,13 +103,13 @@ class HFEngine:
             )
         return [completion for completion in done if completion is not None]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what memory was found to hold."""
         return {"max_batch_tokens": self.max_batch_tokens}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Write no larger batches than `state` says."""
-        self.max_batch_tokens = min(self.max_batch_tokens, state["max_batch_tokens"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Write no larger batches than `state_dict` says."""
+        self.max_batch_tokens = min(self.max_batch_tokens, state_dict["max_batch_tokens"])
 
     def _write(self, batch: _Batch, sampling: Sampling, endings: Endings) -> list[Completion]:
         """Complete one batch; where memory runs out, its halves."""

@@ -135,10 +135,10 @@ class FiniteGuard:
             "last_left_out": self.last_left_out,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set them to what `state_dict` returned."""
-        self.skipped = [SkippedStep(*each) for each in state["skipped"]]
-        self.steps_left_out, self.last_left_out = state["steps_left_out"], state["last_left_out"]
+        self.skipped = [SkippedStep(*each) for each in state_dict["skipped"]]
+        self.steps_left_out, self.last_left_out = state_dict["steps_left_out"], state_dict["last_left_out"]
 
 
 def not_finite_weights(model: nn.Module) -> list[str]:

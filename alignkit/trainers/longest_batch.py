@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from alignkit.data.collate import ID_COLUMNS
 from alignkit.data.layout import group_costs
 from alignkit.trainers.boundary import random_states, set_random_states
 from alignkit.trainers.passes import Batch, accumulate
-
-if TYPE_CHECKING:
-    from alignkit.trainers.guarded_steps import GuardsSteps
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +36,9 @@ class Trial(NamedTuple):
     loss: Callable[[nn.Module, Batch], Tensor]
 
 
-def pair_trials(trainer: GuardsSteps, loss: Callable[[nn.Module, Batch], Tensor]) -> list[Trial]:
+def pair_trials(trainer: Any, loss: Callable[[nn.Module, Batch], Tensor]) -> list[Trial]:
     """The pairs of the training data."""
-    dataset: Any = trainer.train_dataset
-    collate: Any = trainer.data_collator
+    dataset, collate = trainer.train_dataset, trainer.data_collator
     return [Trial(lengths_of(dataset, ID_COLUMNS), lambda rows: collate([dataset[row] for row in rows]), loss)]
 
 
@@ -78,10 +74,13 @@ def most_expensive_rows(costs: Tensor, most_rows: int, max_tokens: int | None) -
     return order[chosen].tolist()
 
 
-def try_longest_batch(trainer: GuardsSteps) -> None:
+def try_longest_batch(trainer: Any) -> None:
     """Make the most expensive passes of a run forward and backward, and leave no trace but a smaller token budget.
 
     Streams are read for nothing: how long their rows are is not known. Under FSDP and DeepSpeed passes cannot be cut.
+
+    Args:
+        trainer: one that guards its steps.
 
     Raises:
         TrainingError: a single row does not fit.
@@ -107,7 +106,7 @@ def try_longest_batch(trainer: GuardsSteps) -> None:
             bundle.use_own_attention(attention)
 
 
-def _make(trainer: GuardsSteps, trial: Trial) -> None:
+def _make(trainer: Any, trial: Trial) -> None:
     passes, accelerator, model = trainer._passes, trainer.accelerator, trainer.model_wrapped
     model.train()
     longest = int(trial.lengths.sum(1).argmax())
@@ -126,5 +125,5 @@ def _make(trainer: GuardsSteps, trial: Trial) -> None:
         accumulate(step, [batch], model, accelerator, trainer.args)
 
 
-def _drop_gradients(trainer: GuardsSteps) -> None:
+def _drop_gradients(trainer: Any) -> None:
     trainer.model_wrapped.zero_grad(set_to_none=True)

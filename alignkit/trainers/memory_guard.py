@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate.utils import DistributedType
@@ -76,14 +76,14 @@ class MemoryGuard:
         """Return the tokens of a pass, and what the configuration had asked for."""
         return {"max_tokens": self._passes.max_tokens, "asked": self._passes.args.max_tokens_per_forward}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the tokens of a pass from `state`, unless the configuration asks for something else by now.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the tokens of a pass from `state_dict`, unless the configuration asks for something else by now.
 
         With "auto" too: what is free on the device differs from one start to the next, and what was found not to fit
         would be tried again.
         """
-        if state["asked"] == self._passes.args.max_tokens_per_forward:
-            self._passes.max_tokens = state["max_tokens"]
+        if state_dict["asked"] == self._passes.args.max_tokens_per_forward:
+            self._passes.max_tokens = state_dict["max_tokens"]
 
     def _lowered(self, reason: str) -> int:
         """Half of the pass that failed, but its longest row at least."""

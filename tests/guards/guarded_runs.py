@@ -95,19 +95,23 @@ class Watch(TrainerCallback):
 
     Attributes:
         step: number of the open step, 0 between steps.
+        micro_batch: number of the open micro-batch of the step, from 0.
         before, after: `(weights, optimizer state)` by step.
         gradients: as the optimizer found them, by step; `None` where it found none.
     """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step = self.micro_batch = 0
         self.before: dict[int, Any] = {}
         self.after: dict[int, Any] = {}
         self.gradients: dict[int, dict[str, Tensor | None]] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step + 1
+        self.step, self.micro_batch = state.global_step + 1, 0
         self.before[self.step] = self._copy(**kwargs)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batch += 1
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients[self.step] = {
@@ -173,3 +177,59 @@ def equal(first: Any, second: Any) -> bool:
 def training_log(trainer: Any) -> list[dict[str, float]]:
     """Log entries of training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class FakeMemory:
+    """Lets a model run out of memory as a device does: by torch's own error, from within a pass.
+
+    Args:
+        model: whose passes fail.
+        limit: positions, or with `rows` sequences, that a pass may hold.
+        when: whether it fails now, told the arguments of the pass.
+        in_backward: fail in the backward pass instead.
+        error: what is raised.
+
+    Attributes:
+        failures: numbers of what each failed pass held.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        limit: int,
+        when: Callable[[dict[str, Any]], bool],
+        *,
+        rows: bool = False,
+        in_backward: bool = False,
+        error: Exception | None = None,
+    ) -> None:
+        self.limit, self.when, self.rows = limit, when, rows
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSecond line")
+        self.failures: list[int] = []
+        self.model = model
+        if in_backward:
+            model.register_forward_pre_hook(self._note, with_kwargs=True)
+            next(iter(model.model.layers)).register_forward_hook(self._arm)
+        else:
+            model.register_forward_pre_hook(self._check, with_kwargs=True)
+        self._held = 0
+
+    def _size(self, kwargs: dict[str, Any]) -> int:
+        ids = kwargs["input_ids"]
+        return ids.shape[0] if self.rows else ids.numel()
+
+    def _check(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._fail_if(self._size(kwargs), self.when(kwargs))
+
+    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._held = self._size(kwargs) if self.when(kwargs) else 0
+
+    def _arm(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden, held = output[0] if isinstance(output, tuple) else output, self._held
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self._fail_if(held, True))
+
+    def _fail_if(self, held: int, active: bool) -> None:
+        if active and held > self.limit:
+            self.failures.append(held)
+            raise self.error
