@@ -73,7 +73,8 @@ def begin_record(
         hardware=hardware(args.device, args.world_size),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
     )
-    model.add_model_tags(list(trainer._tag_names))
+    described: Any = trainer  # one of ours
+    model.add_model_tags(list(described._tag_names))
     trainer.add_callback(FinishRecord(record))
     return record
 
