@@ -90,7 +90,7 @@ def files_into(folder: Path) -> Iterator[Path]:
 def file_in_place(path: Path) -> Iterator[Path]:
     """Give a path to write a file at; when the block ends well, it replaces `path`, on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{STAGED}{os.getpid()}-{path.name}")
+    staged = path.with_name(f"{STAGED}{path.name}-{os.getpid()}.tmp")
     try:
         yield staged
         _sync(staged)

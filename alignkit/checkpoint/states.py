@@ -40,6 +40,7 @@ class States:
     def __init__(self) -> None:
         self._objects: dict[str, Stateful] = {}
         self._running: set[str] = set()
+        self._left_out: list[object] = []
 
     def register(self, name: str, stateful: Stateful) -> None:
         """Add an object whose state changes between optimizer steps.
@@ -65,8 +66,13 @@ class States:
         self._objects.pop(name, None)
         self.register_running(name, stateful)
 
-    def __contains__(self, stateful: object) -> bool:
-        return any(known is stateful for known in self._objects.values())
+    def leave_out(self, stateful: object) -> None:
+        """Say that an object's state need not survive: nothing that is trained on depends on it."""
+        self._left_out.append(stateful)
+
+    def knows(self, stateful: object) -> bool:
+        """Whether an object is registered or left out."""
+        return any(known is stateful for known in (*self._objects.values(), *self._left_out))
 
     def state_dict(self) -> dict[str, Any]:
         """States of all objects, by name."""

@@ -30,11 +30,14 @@ from alignkit.checkpoint.states import Stateful, States, read_states
 from alignkit.errors import CheckpointError
 from alignkit.trainers.boundary import Boundary, random_states, set_random_states
 from alignkit.trainers.boundary_callback import ExportedState, KeepBoundaries, Rest
+from alignkit.trainers.outsiders import Outsiders
 from alignkit.trainers.resuming import agreed, compare_runs, find_checkpoint, is_weights_only
 from alignkit.trainers.saving import SavesWhole
 from alignkit.trainers.signals import EXIT_RESUMABLE, Interrupted, SignalWatch
 
 logger = logging.getLogger(__name__)
+
+LOOKED_AT_STEPS = 10  # at the beginning, so that a reward that cannot be saved ends a run at once
 
 
 class KeepsCheckpoints(SavesWhole):
@@ -49,6 +52,7 @@ class KeepsCheckpoints(SavesWhole):
     boundary: Boundary | None
     _throughput: Any
     _signals: SignalWatch
+    _outsiders: Outsiders
     _resumable: tuple[Boundary, Rest] | None
     _loaded: tuple[str, dict[str, Any]] | None
     _random_after_rest: tuple[Any, ...] | None
@@ -83,6 +87,16 @@ class KeepsCheckpoints(SavesWhole):
             name = f"callback/{kind}" + ("" if counts[kind] == 1 else f"/{counts[kind]}")
             self.states.replace_running(name, stateful)
 
+    def outside_rewards(self) -> dict[str, Any]:
+        """Objects of the user's that make what is trained on, by name."""
+        return {}
+
+    def _watch_outsiders(self) -> None:
+        own = ("transformers.", "alignkit.")
+        theirs = [each for each in self.callback_handler.callbacks if not type(each).__module__.startswith(own)]
+        callbacks = {type(each).__name__: each for each in theirs if not isinstance(each, ExportableState)}
+        self._outsiders = Outsiders(self.states, self.outside_rewards(), callbacks)
+
     # --- training ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -114,6 +128,7 @@ class KeepsCheckpoints(SavesWhole):
         """Find the checkpoint to resume from, compare it with this run, and load the states that it holds."""
         args, output_dir = self.args, Path(str(self.args.output_dir))
         self.register_callbacks()
+        self._watch_outsiders()
         self.boundary = self._resumable = self._loaded = self._saved = None
         if self.is_world_process_zero():
             tidy(output_dir)
@@ -210,6 +225,8 @@ class KeepsCheckpoints(SavesWhole):
         grad_norm, rate = args[1], kwargs.get("learning_rate")
         self._resumable = Boundary.take(self), Rest.of(self.control, grad_norm, rate, in_step=self._is_in_step)
         self._signals.release()
+        if self.args.save_strategy != "no" and (self.control.should_save or self.state.global_step <= LOOKED_AT_STEPS):
+            self._outsiders.check()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._resumable = Boundary.take(self), self._rest()
         self._agree_to_stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,12 +43,12 @@ from alignkit.trainers.metrics import (
 from alignkit.trainers.objective import Objective
 from alignkit.trainers.passes import (
     Batch,
-    accelerator_arguments,
     count_rows,
     passes_of,
     rows_not_repeated,
     share_of_step,
 )
+from alignkit.trainers.precision import ChoosesPrecision
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record
@@ -69,7 +68,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
+class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision, Trainer):
     """Direct preference optimization (arXiv 2305.18290) and its relatives, with TRL 1.16's constructor.
 
     Args:
@@ -241,10 +240,6 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         self._reference_logps(model, layout, inputs)
         return scores.logps.sum()
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
-        return self.accelerator.autocast()
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -382,9 +377,6 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
         add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
         super().log(logs, start_time)
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
     @property
     def states_hold_reference(self) -> bool:

@@ -27,7 +27,8 @@ from alignkit.trainers.data_checks import check_evaluation, check_pairs, named_d
 from alignkit.trainers.guarded_steps import GuardsSteps
 from alignkit.trainers.longest_batch import Trial
 from alignkit.trainers.metrics import Throughput, add_window_metrics
-from alignkit.trainers.passes import Batch, accelerator_arguments, passes_of
+from alignkit.trainers.outsiders import behind_rewards
+from alignkit.trainers.passes import Batch, passes_of
 from alignkit.trainers.pooled import Pooled, PooledWindow
 from alignkit.trainers.ppo_callbacks import PPOEvent, SaveBoundaries, call_event, reporting_callbacks, steps_per_rollout
 from alignkit.trainers.ppo_collect import collect_rollout
@@ -54,6 +55,7 @@ from alignkit.trainers.ppo_state import (
     split_learning_rates,
 )
 from alignkit.trainers.ppo_trials import ppo_trials
+from alignkit.trainers.precision import ChoosesPrecision
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record
@@ -67,7 +69,7 @@ from alignkit.trainers.setup import (
 )
 
 
-class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
+class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision, Trainer):
     """Proximal policy optimisation (arXiv 1707.06347; for language models 2203.02155) on one base.
 
     Policy and critic are trained in Trainer's own loop; the reference is the base without the policy's adapter, or the
@@ -280,10 +282,6 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         # The mean over the steps that were made, whatever a resumed run has forgotten of Trainer's own sum.
         self.ppo_state.window.add({"loss": Pooled("rate", torch.stack([loss, torch.zeros_like(loss)]).double())})
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
-        return self.accelerator.autocast()
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -363,9 +361,6 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
     def _rollouts_begun(self) -> int:
         return -(-self.state.global_step // steps_per_rollout(self.args))
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
-
     def check_resumable(self, folder: Path, step: int) -> None:
         """Refuse a checkpoint from the middle of a rollout."""
         check_between_rollouts(folder, step, self.args)
@@ -373,6 +368,10 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
     def can_save_now(self, step: int) -> bool:
         """Whether no rollout is open: its episodes are no part of a checkpoint."""
         return step % steps_per_rollout(self.args) == 0
+
+    def outside_rewards(self) -> dict[str, Any]:
+        """Objects behind the reward functions, by name."""
+        return behind_rewards(self.rewards.sources)
 
     def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Write the policy's adapter alone; into a checkpoint, the other adapters and the value head too."""

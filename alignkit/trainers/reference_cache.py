@@ -7,11 +7,10 @@ rank, batch size and layout are not in it, so a sweep over those pays once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,9 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from alignkit.checkpoint.atomic import file_in_place
+from alignkit.checkpoint.lock import shared_cache
 from alignkit.data.collate import ID_COLUMNS
 from alignkit.errors import ConfigError, TrainingError, printable
 from alignkit.models.bundle import REFERENCE, ModelBundle
+from alignkit.trainers.resuming import agreed
 
 if TYPE_CHECKING:
     from alignkit.trainers.dpo import DPOTrainer
@@ -56,16 +58,18 @@ def with_reference_logps(trainer: DPOTrainer, dataset: Dataset | IterableDataset
     rows = [tuple(len(ids) for ids in row) for row in zip(*(dataset[column] for column in ID_COLUMNS), strict=True)]
     folder = trainer.args.reference_cache_path
     path = folder / f"{_key(trainer, dataset)}.safetensors"
-    logps = _read(path, len(rows))
-    if logps is None:
-        logps = _compute(trainer, dataset, rows, name)
-        if not bool(torch.isfinite(logps).all()):
-            bad = int((~torch.isfinite(logps)).any(1).nonzero()[0])
-            raise TrainingError(f"the reference gives row {bad} of '{name}' a log-probability that is not finite")
-        if trainer.accelerator.is_main_process:
-            _write(path, logps)
-    else:
-        logger.info("Reference log-probabilities of '%s' come from %s", printable(name), path)
+    is_main = trainer.accelerator.is_main_process
+    with shared_cache(path) if is_main else contextlib.nullcontext():
+        if agreed(lambda: _read(path, len(rows)) is not None, is_main):
+            logger.info("Reference log-probabilities of '%s' come from %s", name, path)
+            logps = cast(Tensor, _read(path, len(rows)))
+        else:
+            logps = _compute(trainer, dataset, rows, name)
+            if not bool(torch.isfinite(logps).all()):
+                bad = int((~torch.isfinite(logps)).any(1).nonzero()[0])
+                raise TrainingError(f"the reference gives row {bad} of '{name}' a log-probability that is not finite")
+            if is_main:
+                _write(path, logps)
     for column, values in zip(COLUMNS, logps.unbind(1), strict=True):
         dataset = dataset.add_column(column, values.tolist())
     return dataset
@@ -170,12 +174,6 @@ def _read(path: Path, rows: int) -> Tensor | None:
 
 
 def _write(path: Path, logps: Tensor) -> None:
-    """Write through a temporary file in the same folder: another run sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({"logps": logps.contiguous()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Another run sees the whole file or none."""
+    with file_in_place(path) as staged:
+        save_file({"logps": logps.contiguous()}, staged)

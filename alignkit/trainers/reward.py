@@ -32,13 +32,13 @@ from alignkit.trainers.guards import ROW_ID
 from alignkit.trainers.longest_batch import Trial, pair_trials
 from alignkit.trainers.metrics import Throughput, add_window_metrics
 from alignkit.trainers.passes import (
-    accelerator_arguments,
     count_rows,
     passes_of,
     refuse_data_parallel,
     rows_not_repeated,
     share_of_step,
 )
+from alignkit.trainers.precision import ChoosesPrecision
 from alignkit.trainers.progress import use_progress_display
 from alignkit.trainers.publishing import PublishesToHub
 from alignkit.trainers.recording import begin_record
@@ -57,7 +57,7 @@ from alignkit.trainers.setup import (
 COLUMNS = (*ID_COLUMNS, "margin", "weight", ROW_ID)
 
 
-class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
+class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision, Trainer):
     """A reward model from preferences (Bradley-Terry; arXiv 2203.02155, Eq. 1), with TRL 1.16's constructor.
 
     The model stays a causal language model with a head `score` beside its output layer, which never runs: a pair's
@@ -226,10 +226,6 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         layout = self._lay_out(inputs)
         return self.bundle.values(layout, layout.last_index, role=REWARD, wrapped=model).sum()
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast, where a model is trained whole; Trainer leaves it to the model's forward, without its hooks."""
-        return self.accelerator.autocast()
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -290,9 +286,6 @@ class RewardTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, Trainer):
         """Add the window's metrics to `logs`, under TRL's names, with `eval_` before those of an evaluation."""
         add_window_metrics(logs, self._windows, self._throughput, self.accelerator)
         super().log(logs, start_time)
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        return accelerator_arguments(super()._build_accelerator_args(**kwargs), self.model)
 
     def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Write the adapter, or the classifier where a model is trained whole."""
