@@ -26,8 +26,8 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         CheckpointError: another process trains into it, or nothing can be written there.
     """
     lock = FileLock(output_dir / LOCK, timeout=0)
+    make_output_dir(output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise CheckpointError(
@@ -38,10 +38,7 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         yield
         return
     except OSError as error:
-        raise CheckpointError(
-            f"nothing can be written into {output_dir} ({error.strerror or error}): choose another output_dir, or "
-            "change its rights"
-        ) from error
+        raise _not_writable(output_dir, error) from error
     try:
         with contextlib.suppress(OSError):  # the note is for people alone; a full disk is told of by what follows
             (output_dir / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
@@ -50,6 +47,25 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (output_dir / OWNER).unlink()
         lock.release()
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Make an output directory, unless it is there.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(output_dir, error) from error
+
+
+def _not_writable(output_dir: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"nothing can be written into {output_dir} ({error.strerror or error}): choose another output_dir, or change "
+        "its rights"
+    )
 
 
 @contextlib.contextmanager

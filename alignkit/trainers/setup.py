@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from alignkit.checkpoint.lock import make_output_dir
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.adapters import (
@@ -205,6 +206,7 @@ def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
 
     Raises:
         ConfigError: it is not of the trainer's own kind.
+        CheckpointError: its output directory cannot be made; Trainer makes it, but only after data preparation.
     """
     if not isinstance(args, kind):
         raise ConfigError(f"args must be a {kind.__name__}, not a {type(args).__name__}")
@@ -212,6 +214,8 @@ def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
     config: Any = copy.copy(args.accelerator_config)
     config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
     args.accelerator_config = config
+    if args.should_save:
+        make_output_dir(Path(str(args.output_dir)))
     return args
 
 
