@@ -6,6 +6,7 @@ line. It never runs more than one torch thread, without which a fork would hang.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -168,8 +169,11 @@ def serve(library: Path) -> None:
         task = json.loads(line)
         if task["name"] not in warm:  # imports, caches: a child inherits them
             with tempfile.TemporaryDirectory() as folder:
-                RUNS[task["name"]](Path(folder)).train()
+                for resume in (None, True):
+                    RUNS[task["name"]](Path(folder)).train(resume)
             warm.add(task["name"])
+            gc.collect()
+            gc.freeze()  # a child's collections need not go through, and so copy, all that is here
         started, (result, answer) = time.monotonic(), os.pipe()
         pid = os.fork()
         if not pid:
