@@ -181,6 +181,7 @@ class KeepsCheckpoints(SavesWhole):
             self._initial_global_step = saved["first_step"]
             with as_checkpoint_errors(Path(folder)):
                 super()._load_rng_state(folder)
+            self.place_best(Path(str(self.args.output_dir)))
             self._make_up(Rest(**saved["rest"]), saved["max_steps"])
             self._random_after_rest = random_states()
         self._resumable = Boundary.take(self), Rest()

@@ -93,10 +93,7 @@ class SavesWhole(_Base):
             self.save_model(str(staged), _internal_call=True)
         finally:
             self._staging = None
-        if self.state.best_global_step:
-            best = target.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best.is_dir() or best == target:
-                self.state.best_model_checkpoint = str(best)
+        self.place_best(target.parent, coming=target)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(staged))
             self._save_scaler(str(staged))
@@ -106,6 +103,17 @@ class SavesWhole(_Base):
         if self.args.should_save:
             self.state.stateful_callbacks = self._exported()
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def place_best(self, output_dir: Path, *, coming: Path | None = None) -> None:
+        """Name the best checkpoint by where it lies: an output directory may have been moved since it was saved.
+
+        Args:
+            output_dir: where checkpoints lie.
+            coming: one that will be there in a moment.
+        """
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.is_dir() or best == coming):
+            self.state.best_model_checkpoint = str(best)
 
     def _own_state(self, rest: Rest) -> dict[str, Any]:
         return {
