@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ def is_secret(name: str, value: Any) -> bool:
     if _SECRET_NAME.search(rest) is None:
         return False
     return _SECRET_NAME.search(re.sub("token", "", rest, flags=re.IGNORECASE)) is not None or not _is_number(value)
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """Return `value` with `<NAME>` in the place of every secret, at any depth of mappings and lists.
+
+    Args:
+        value: of an option.
+        name: the option's.
+    """
+    if value is not None and is_secret(name, value):
+        return f"<{name.upper()}>"
+    if isinstance(value, Mapping):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    return [masked(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_number(value: Any) -> bool:

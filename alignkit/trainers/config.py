@@ -17,7 +17,7 @@ from alignkit.trainers.config_engine import EngineConfig
 DEFAULT_REFERENCE_CACHE = Path("~/.cache/alignkit/reference")
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(EngineConfig):
     """Options of `DPOTrainer`: TRL 1.16's, with their names and defaults, and a few of alignkit's own.
 

@@ -17,12 +17,13 @@ import torch
 from transformers import TrainingArguments
 
 from alignkit.errors import ConfigError
+from alignkit.hub.discretion import masked
 from alignkit.models.load import compute_dtype, training_device
 
 LOWEST_USUAL_LORA_LEARNING_RATE = 1e-5
 
 
-@dataclass
+@dataclass(repr=False)
 class EngineConfig(TrainingArguments):
     """Options that `DPOConfig` and `RewardConfig` share, with TRL's names and defaults where TRL has them.
 
@@ -134,6 +135,19 @@ class EngineConfig(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu  # torch warns of it on a CPU
         _choose_precision(self)
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values, with a name in place of each secret: trackers write this to disk.
+
+        `TrainingArguments` masks `hub_token`, and lets the token in `model_init_kwargs` through.
+        """
+        return masked(super().to_dict())
+
+    def __str__(self) -> str:
+        options = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{options})"
+
+    __repr__ = __str__  # a dataclass's own would print every field as it is
 
 
 def warn_low_lora_learning_rate(args: TrainingArguments) -> None:

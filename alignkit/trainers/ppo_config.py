@@ -10,7 +10,7 @@ from alignkit.trainers.config_engine import EngineConfig
 from alignkit.trainers.ppo_checks import CHECKS
 
 
-@dataclass
+@dataclass(repr=False)
 class PPOConfig(EngineConfig):
     """Options of `PPOTrainer`: `TrainingArguments`, the engine's, and these. Names are TRL's where it had them.
 

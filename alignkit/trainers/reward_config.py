@@ -52,7 +52,7 @@ RANGES: dict[str, Range] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class RewardConfig(EngineConfig):
     """Options of `RewardTrainer`: TRL 1.16's, with their names and defaults, and a few of alignkit's own.
 

@@ -21,7 +21,7 @@ def dpo(folder: Path, **options: Any) -> DPOTrainer:
     """DPO with LoRA on a tiny Llama."""
     settings = {**QUIET, **SAVING, "per_device_train_batch_size": 4, "activation_checkpointing": False, **options}
     return DPOTrainer(
-        tiny_model("llama"),
+        settings.pop("model", None) or tiny_model("llama"),
         args=DPOConfig(str(folder), learning_rate=1e-3, **settings),
         train_dataset=text_rows(8),
         processing_class=character_tokenizer(),
