@@ -39,11 +39,9 @@ def check_weights(folder: Path) -> None:
             read_header(path, folder=folder, error=CheckpointError)
         elif path.suffix == ".json":
             read_json_object(path, folder=folder, max_bytes=_MAX_JSON_BYTES, error=CheckpointError)
-    # Trainer takes pickled weights where it finds no others.
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.suffix != ".pt")
-        if pickled:
-            raise CheckpointError(f"'{folder}' holds no safetensors but '{pickled[0]}'. {CONVERT}")
+    for path in _files(folder):  # Trainer and PEFT take pickled weights where they find no others
+        if path.suffix in PICKLES and path.suffix not in _STATES and not any(path.parent.glob("*.safetensors")):
+            raise CheckpointError(f"'{path.parent}' holds no safetensors but '{path.name}'. {CONVERT}")
     path = folder / TRAINER_STATE_NAME
     if path.is_file():
         with as_checkpoint_errors(path):

@@ -198,6 +198,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path} line {line}: not valid YAML ({error.problem}).") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({error}).") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep to be read; options are flat.") from None
     if not isinstance(root, yaml.MappingNode):
         found = "nothing" if root is None else f"a {root.id}"
         raise ConfigError(f"{path}: must hold a mapping (option: value), found {found}.")

@@ -100,7 +100,7 @@ def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = Non
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark first
         # A card without metadata gets an empty block, for which huggingface_hub would print a warning.
         theirs = ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"'{path}' cannot be read ({error}): mend its metadata, or remove the file.") from error
     ours = ModelCard(rendered)
     if is_generated(theirs.text):

@@ -112,7 +112,7 @@ def _card_facts(origin: str, place: Mapping[str, Any]) -> dict[str, Any]:
         return facts
     try:
         data = metadata_load(card) or {}
-    except (ValueError, OSError, yaml.YAMLError):  # somebody else's card, which need not be well formed
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):  # somebody else's card, which need not be well formed
         return facts
     licenses = [text for text in _listed(data.get("license")) if isinstance(text, str)]
     # YAML 1.1 reads Norwegian's code as "no".

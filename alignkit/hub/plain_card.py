@@ -40,7 +40,7 @@ def read_card(path: str | Path) -> ModelCard:
     """
     try:
         return ModelCard(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"the metadata at the top of {Path(path).name} cannot be read, and the Hub would refuse it: {error}. "
             "Correct it, or remove the file to have a card written."

@@ -219,7 +219,7 @@ def _load_base(
     if source.gguf_file is not None:
         quantized = _prepare_gguf(source, kwargs)
     else:
-        checkpoint = check_whole_model(source, trust_remote_code=trust_remote_code)
+        checkpoint = check_whole_model(source, trust_remote_code=trust_remote_code, variant=kwargs.get("variant"))
         _check_architecture(source.name, checkpoint, trust_remote_code)
         quantized = _prepare_quantization(source.name, checkpoint, kwargs)
         kwargs["use_safetensors"] = True  # else pickles would be the way back

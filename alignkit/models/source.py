@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from alignkit.errors import ModelError, nearest
 from alignkit.models.demo import DEMO_NAME, demo_model_path, is_demo_folder
@@ -82,8 +82,9 @@ class Source:
 
 
 def hub_kwargs_of(source: Source) -> dict[str, Any]:
-    """The Hub options that PEFT takes with an adapter's name."""
-    return {key: source.kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in source.kwargs}
+    """The Hub options that belong to an adapter's files."""
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+    return {key: source.kwargs[key] for key in names if key in source.kwargs}
 
 
 def locate(model: str | Path, kwargs: Mapping[str, Any]) -> Source:
@@ -109,10 +110,13 @@ def locate(model: str | Path, kwargs: Mapping[str, Any]) -> Source:
     return _from_hub(str(model), dict(kwargs))
 
 
-def check_whole_model(source: Source, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def check_whole_model(source: Source, *, trust_remote_code: bool = False, variant: str | None = None) -> dict[str, Any]:
     """Look over a whole model before it is loaded, and return its config as a dictionary.
 
-    On the Hub the weights are fetched by transformers, as safetensors alone; in a folder they are looked over here.
+    Args:
+        source: a folder or a repository.
+        trust_remote_code: whether the user allows the repository's code to run.
+        variant: of the weights, as for `from_pretrained`.
 
     Raises:
         ModelError: nothing there, a config or weights that are not to be loaded, or a model type that needs code.
@@ -138,7 +142,27 @@ def check_whole_model(source: Source, *, trust_remote_code: bool = False) -> dic
     check_config(config, f"{folder / CONFIG}", trust_remote_code=trust_remote_code)
     if folder.is_dir():
         check_model_weights(folder)
+    elif "transformers_weights" not in config:
+        _fetch_safetensors(source, variant)
     return config
+
+
+def _fetch_safetensors(source: Source, variant: str | None) -> None:
+    """Fetch a repository's weights, or their index; transformers then finds them in the cache.
+
+    Asked for safetensors where there are none, it would send for somebody else's conversion of the pickles.
+    """
+    part = f".{variant}" if variant else ""
+    names = (f"model{part}.safetensors", f"model.safetensors.index{part}.json")
+    try:
+        found = any(
+            cached_file(source.name, name, _raise_exceptions_for_missing_entries=False, **source.kwargs)
+            for name in names
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The model cannot be loaded: {explain(error, source.name)}") from error
+    if not found:
+        raise ModelError(f"'{source.name}' holds no {names[0]}. {CONVERT}")
 
 
 def explain(error: BaseException, name: str) -> str:
@@ -154,8 +178,6 @@ def explain(error: BaseException, name: str) -> str:
             return f"'{name}' is neither a folder here nor in the local cache, and the Hub was not reached."
         if isinstance(cause, HfHubHTTPError):
             return f"the Hub answered with an error for '{name}': {_first_line(cause)}"
-    if "use_safetensors" in str(error):
-        return f"'{name}' holds no safetensors. {CONVERT}"
     if "trust_remote_code" in str(error):
         return f"'{name}' needs its own Python code to run. If you trust its authors, pass trust_remote_code=True."
     return _first_line(error)
@@ -214,13 +236,14 @@ def _from_hub(name: str, kwargs: dict[str, Any]) -> Source:
     if found is None:
         return Source(name, kwargs)
     read_adapter_config(Path(found))
-    return Source(name, kwargs, adapter=_adapter_config(name, kwargs))
+    # From where it was fetched to, so that what was looked over is what is read.
+    return Source(name, kwargs, adapter=_adapter_config(name, {}, folder=str(Path(found).parent)))
 
 
-def _adapter_config(name: str, kwargs: Mapping[str, Any]) -> PeftConfig:
+def _adapter_config(name: str, kwargs: Mapping[str, Any], *, folder: str | None = None) -> PeftConfig:
     options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
     try:
-        return PeftConfig.from_pretrained(name, **options)
+        return PeftConfig.from_pretrained(folder or name, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{ADAPTER_CONFIG} of '{name}' cannot be read: {_first_line(error)}") from error
 

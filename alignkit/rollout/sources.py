@@ -113,7 +113,7 @@ def load_classifier(
         raise ModelError(
             f"'{model}' holds {kind}, not a whole sequence classifier; load it yourself and pass the model"
         )
-    check_whole_model(source, trust_remote_code=trust_remote_code)
+    check_whole_model(source, trust_remote_code=trust_remote_code, variant=kwargs.get("variant"))
     try:
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             source.name,

@@ -140,7 +140,7 @@ def send_to_trackers(rows: Sequence[dict[str, Any]], report_to: Sequence[str], f
 def _is_before(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] < step
-    except (ValueError, KeyError, TypeError):  # a kill tore it
+    except (ValueError, KeyError, TypeError, RecursionError):  # a kill tore it
         return False
 
 

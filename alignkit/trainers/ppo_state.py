@@ -13,12 +13,14 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignkit.checkpoint.contents import as_checkpoint_errors
 from alignkit.errors import CheckpointError
 from alignkit.functional.kl import adaptive_kl_coef
 from alignkit.functional.masked import Moments, pool_moments
 from alignkit.functional.statistics import RunningMoments
 from alignkit.models.bundle import ModelBundle
 from alignkit.models.heads import VALUE
+from alignkit.models.untrusted.tensors import read_header
 from alignkit.trainers.pooled import PooledWindow
 from alignkit.trainers.ppo_callbacks import steps_per_rollout
 from alignkit.trainers.ppo_config import PPOConfig
@@ -91,7 +93,10 @@ def check_between_rollouts(folder: Path, step: int, args: PPOConfig) -> None:
 def load_value_head(folder: Path, bundle: ModelBundle) -> None:
     """Set the value head, if there is one, to that of a checkpoint."""
     if VALUE in bundle.heads:
-        _value_head(bundle).load_state_dict(load_file(folder / VALUE_FILE))
+        path = folder / VALUE_FILE
+        with as_checkpoint_errors(path):
+            read_header(path, error=CheckpointError)
+            _value_head(bundle).load_state_dict(load_file(path))
 
 
 def _value_head(bundle: ModelBundle) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,48 @@ def test_reward_adapter_cannot_change_the_base_that_it_is_put_on(good: Path, tmp
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert ModelBundle(policy).adapters["policy"] == "default"
+
+
+# ------------------------------------------------------------ the Hub
+
+
+def on_the_hub(folder: Path, cache: Path) -> str:
+    """Put a folder into a cache of the Hub, as a download leaves it; return the repository's name."""
+    repository = cache / "models--me--sent"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, repository / "blobs")
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    return "me/sent"
+
+
+HUB: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickle alone": (only_pickled(hostile_archive()), r"'me/sent' holds no adapter_model\.safetensors, and adapters"),
+    "NaN": (changed(not_finite(float("nan"))), r"not finite"),
+    "rank of a billion": (edited(CONFIG, r=10**9), r"r=1000000000; a rank"),
+    "header of 4 GB": (replaced(WEIGHTS, safetensors({}, length=2**32)), r"header has 4,294,967,296 bytes"),
+    "config nested deep": (replaced(CONFIG, deep()), r"nests 100,001 deep"),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_hostile_adapter_of_the_hub_is_refused(case: str, good: Path, tmp_path: Path):
+    spoil, message = HUB[case]
+    folder = copy_of(good / "adapter", tmp_path / "adapter")
+    spoil(folder)
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    name = on_the_hub(folder, tmp_path / "cache")
+    text = refuse(lambda: load_model(name, device=CPU, model_init_kwargs=options))
+    assert re.search(message, text), text
+
+
+def test_good_adapter_of_the_hub_loads(good: Path, tmp_path: Path):
+    name = on_the_hub(good / "adapter", tmp_path / "cache")
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert attempt(lambda: load_model(name, device=CPU, model_init_kwargs=options)) is None
 
 
 def test_export_of_a_hostile_adapter_leaves_nothing(good: Path, tmp_path: Path):

@@ -210,6 +210,30 @@ def test_model_in_the_hubs_cache_loads_through_its_links(good: Path, tmp_path: P
     assert attempt(lambda: load_tokenizer(snapshot)) is None
 
 
+@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+def test_hostile_config_of_the_hub_is_refused(load: Any, good: Path, tmp_path: Path):
+    snapshot = tmp_path / "models--me--sent" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    copy_of(good / "base", snapshot)
+    (tmp_path / "models--me--sent" / "refs").mkdir()
+    (tmp_path / "models--me--sent" / "refs" / "main").write_text("0123abc")
+    edit(snapshot / "config.json", num_labels=10**9)
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    given = where if load is load_tokenizer else {"model_init_kwargs": where}
+    assert "num_labels=1000000000" in refuse(lambda: load("me/sent", **given))
+
+
+def test_pickled_model_of_the_hub_is_refused(good: Path, tmp_path: Path):
+    snapshot = tmp_path / "models--me--sent" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    only_pickled("pytorch_model.bin", hostile_archive())(copy_of(good / "base", snapshot))
+    (tmp_path / "models--me--sent" / "refs").mkdir()
+    (tmp_path / "models--me--sent" / "refs" / "main").write_text("0123abc")
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    text = refuse(lambda: load_model("me/sent", model_init_kwargs=where, device=CPU))
+    assert "'me/sent' holds no model.safetensors. Pickled weights can run anything" in text
+
+
 def test_use_safetensors_cannot_be_switched_off(good: Path):
     text = refuse(lambda: load_model(good / "base", model_init_kwargs={"use_safetensors": False}))
     assert "would load pickles" in text

@@ -43,7 +43,7 @@ def find_adapter(name: str | Path, **hub_kwargs: Any) -> AdapterFiles:
 
     Args:
         name: a folder or a Hub id.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`.
 
     Raises:
         ModelError: as `check_adapter`, or the files cannot be fetched.
