@@ -46,6 +46,11 @@ def remove_folder(target: Path) -> None:
     _remove_tree(removed)
 
 
+def discard(staged: Path) -> None:
+    """Remove what was written aside, as far as the disk lets it; it counts for nothing, and `tidy` finds the rest."""
+    shutil.rmtree(staged, ignore_errors=True)
+
+
 def tidy(parent: Path) -> None:
     """Clear away what a process that was stopped left in `parent`: half-written, half-removed, half-replaced folders.
 

@@ -196,8 +196,11 @@ class RolloutCallback(PPOCallback):
         if not state.is_world_process_zero or number % self.every_rollouts:
             return
         rows, folder = sample_rows(rollout, step=state.global_step, number=number), Path(str(args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        append_rows(folder / SAMPLES_FILE, rows)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            append_rows(folder / SAMPLES_FILE, rows)
+        except OSError as error:  # people miss them; the run does not
+            logger.warning("Samples of rollout %d could not be written to %s: %s", number, SAMPLES_FILE, error)
         shown = rows[: self.samples]
         self.console.print(samples_table(shown))
         send_to_trackers(shown, args.report_to or (), folder / "runs" / "samples")

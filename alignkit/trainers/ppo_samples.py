@@ -6,6 +6,7 @@ is not printable escaped; the file holds it unchanged, as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -83,9 +84,15 @@ def prompt_text(source: Any) -> str:
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows to a file, one line of JSON each."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    """Append rows to a file, one line of JSON each: all of them or, with the `OSError` that stopped it, none."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def keep_rows_before(path: Path, step: int) -> int:

@@ -109,7 +109,13 @@ class FinishRecord(TrainerCallback):
         self.record.usage = describe_usage(state, args, self.first_step)
         self.record.finished = now()
         if state.is_world_process_zero:
-            self.record.save(str(args.output_dir))
+            try:
+                self.record.save(str(args.output_dir))
+            except OSError as error:  # what was trained is worth more than its description
+                logger.warning(
+                    "The run's record could not be written (%s). Make room; a resume of the finished run writes it.",
+                    error,
+                )
 
 
 def describe_usage(state: TrainerState, args: TrainingArguments, first_step: int = 0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from alignkit.checkpoint.atomic import files_into, put_in_place, remove_folder, staging_of, tidy
+from alignkit.checkpoint.atomic import discard, files_into, put_in_place, remove_folder, staging_of, tidy
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified, next_sequence, rotate, unscheduled
 from alignkit.checkpoint.manifest import read_manifest, seal, verify
 from alignkit.checkpoint.space import SMALL_FILES_BYTES, free_bytes, require_space, size
@@ -78,8 +78,8 @@ class SavesWhole(_Base):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._failed(target, error) from error
         finally:
-            if self.args.should_save and staged.exists():
-                remove_folder(staged)
+            if self.args.should_save:
+                discard(staged)  # whose own trouble does not hide what stopped the save
         if self.args.should_save:
             self._let_go(target)
         self.accelerator.wait_for_everyone()
@@ -150,9 +150,12 @@ class SavesWhole(_Base):
             raise CheckpointError(
                 f"what was saved cannot be read back, so nothing older was removed: {error}"
             ) from error
-        for folder in spare:
-            remove_folder(folder)
-        rotate(output_dir, limit, keep=(target, *([Path(best)] if best else [])))
+        try:
+            for folder in spare:
+                remove_folder(folder)
+            rotate(output_dir, limit, keep=(target, *([Path(best)] if best else [])))
+        except OSError as error:  # the new checkpoint is whole, so that training can go on
+            logger.warning("An older checkpoint could not be removed, and takes room: %s", error)
 
     def _checkpoint_bytes(self) -> int:
         """About what a checkpoint takes: the last one's size, or weights and two moments of each in fp32."""
@@ -199,7 +202,12 @@ class SavesWhole(_Base):
     def _save_into(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         self.save_files(folder, state_dict)
         tokenizer: Any = self.processing_class
-        tokenizer.save_pretrained(str(folder))
+        try:
+            tokenizer.save_pretrained(str(folder))
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(str(error)) from error  # tokenizers has no better class for a disk that is full
 
     def _description(self) -> dict[str, Any]:
         if self._base_digest is None:
