@@ -80,7 +80,12 @@ def run_whole(case: Case, folder: Path, accumulation: int, workers: int, process
         trainer = case.trainer(folder / "whole", accumulation, workers, processes)
         keeper = KeepsAll(trainer, folder / "kept")
         trainer.train()
-        return Whole(folder / "whole", folder / "kept", keeper.present, end_of(trainer))
+        whole = Whole(folder / "whole", folder / "kept", keeper.present, end_of(trainer))
+    if processes > 1:  # the first process alone saves
+        present: list[Any] = [whole.present]
+        torch.distributed.broadcast_object_list(present)
+        whole = whole._replace(present=present[0])
+    return whole
 
 
 def resume_at(
