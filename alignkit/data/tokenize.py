@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from alignkit.data.messages import Messages
 from alignkit.data.reasons import BadRow, DropReason
 from alignkit.data.records import Preference, Prompt, Text, Transcripts, Unpaired
-from alignkit.errors import DataError
+from alignkit.errors import DataError, printable
 
 # What becomes token ids: a prompt with two completions, one or none.
 Asked = Preference | Unpaired | Prompt
@@ -176,7 +176,7 @@ class RecordTokenizer:
         except _TEMPLATE_ERRORS as error:
             if isinstance(error, DataError):
                 raise
-            return BadRow(DropReason.TEMPLATE_REFUSED, _printable(f"{type(error).__name__}: {error}"))
+            return BadRow(DropReason.TEMPLATE_REFUSED, printable(f"{type(error).__name__}: {error}"))
         return rendered
 
     def _render_text(self, prompt: str, completions: tuple[Text, ...]) -> _Rendered:
@@ -271,11 +271,6 @@ def _without_prefix_rule(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "ByteLevel":
         return {**part, "add_prefix_space": False}
     return part
-
-
-def _printable(text: str) -> str:
-    """Escape what no report could hold and what would command a terminal: a template may quote anything of a row."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _texts(rendered: _Rendered | BadRow) -> tuple[str, ...]:
