@@ -89,21 +89,26 @@ class MemoryGuard:
         """Half of the pass that failed, but its longest row at least."""
         passes = self._passes
         assert passes.latest is not None  # a pass was laid out
-        costs = group_costs(passes.latest, passes.layout or "packed").tolist()  # memory may end while layouts are tried
+        if passes.layout is None:
+            raise TrainingError(
+                f"out of memory while layouts were compared on a few short rows ({reason}): nothing of this model "
+                "would fit. Load the base in 4 bits (quantization_config=alignkit.nf4()), or choose a smaller one."
+            )
+        costs = group_costs(passes.latest, passes.layout).tolist()
         tokens = sum(costs)
         if passes.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise TrainingError(
                 f"out of memory in a forward pass of {tokens} tokens ({reason}). Lower per_device_train_batch_size: "
                 "processes that share a model make the same passes and cannot cut them."
             )
-        if len(costs) == 1:
+        bound = tokens if passes.max_tokens is None else min(passes.max_tokens, tokens)
+        lowered = max(bound // 2, *costs)
+        if len(costs) == 1 or lowered == passes.max_tokens:  # the latter: its rows had passes of their own already
             raise TrainingError(
-                f"out of memory: one row alone, of {tokens} tokens, does not fit ({reason}). "
+                f"out of memory: one row alone, of {max(costs)} tokens, does not fit ({reason}). "
                 f"Lower {passes.args.LENGTH_OPTIONS}, set activation_checkpointing=True or activation_offloading=True "
                 "where they are off, or load the base in 4 bits (quantization_config=alignkit.nf4())."
             )
-        bound = tokens if passes.max_tokens is None else min(passes.max_tokens, tokens)
-        lowered = max(bound // 2, *costs)
         if passes.accelerator.num_processes > 1:
             raise TrainingError(
                 f"out of memory in a forward pass of {tokens} tokens ({reason}). A second attempt by one process would "

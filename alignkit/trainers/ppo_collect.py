@@ -83,16 +83,16 @@ def collect_rollout(trainer: PPOTrainer, rows: list[int]) -> Rollout:
 
 def _is_bad(trainer: PPOTrainer, rollout: Rollout) -> bool:
     """Whether any process's rollout holds a number that is not finite; none of its steps will move a weight then."""
-    guard, kept, mask = trainer.guard, rollout.rewards.kept[:, None], rollout.mask
+    guard, kept, mask = trainer.guard, rollout.rewards.kept, rollout.mask
     guard.begin_step()
     guard.look(
         {ROW_ID: torch.tensor(rollout.prompts.rows).repeat_interleave(rollout.generations)},
         {
-            "reward": torch.where(kept, torch.stack([rollout.rewards.totals, rollout.scores], dim=1), 0),
+            "reward": torch.where(kept, rollout.rewards.totals, 0),
             "log-probability": torch.where(mask, rollout.tokens.logps + rollout.tokens.ref_logps, 0),
             "value": torch.where(mask, rollout.tokens.values, 0),
-            # They are brought to one mean: those of one row spoil them all.
-            "advantage": torch.where(mask, rollout.advantages + rollout.returns, 0).sum(),
+            # Scores and advantages are brought to one mean: those of one row spoil them all.
+            "advantage": rollout.scores.sum() + torch.where(mask, rollout.advantages + rollout.returns, 0).sum(),
         },
     )
     bad = guard.bad_quantities()

@@ -18,7 +18,7 @@ from alignkit.trainers.ppo import PPOTrainer
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
-from tests.ppo_factory import ppo_trainer, prompts
+from tests.ppo_factory import ppo_trainer, prompts, vowels
 from tests.tiny_preferences import (
     QUIET,
     adapter_weights,
@@ -29,6 +29,7 @@ from tests.tiny_preferences import (
 )
 
 KINDS = ("dpo", "kto", "reward", "ppo")
+TRAINERS = {"dpo": DPOTrainer, "kto": DPOTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}
 OPTIONS: dict[str, Any] = {
     **QUIET,
     "per_device_train_batch_size": 4,
@@ -68,6 +69,7 @@ def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback] | Non
         options.pop("train_sampling_strategy")
         return ppo_trainer(
             folder,
+            options.pop("reward", vowels),
             kind=classes.get("ppo", PPOTrainer),
             model=model,
             train_dataset=prompts() if data is None else data,
@@ -138,6 +140,17 @@ class DropGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step + 1 in self.steps:
             model.zero_grad(set_to_none=True)
+
+
+def spoil_loss(base: type, watch: Watch, steps: tuple[int, ...], value: float) -> type:
+    """A trainer whose loss is not finite in some steps, as that of a subclass could be."""
+
+    class Spoilt(base):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * value if watch.step in steps else loss
+
+    return Spoilt
 
 
 def poison_tokens(model: Any, active: Callable[[], bool], value: float = float("nan")) -> None:

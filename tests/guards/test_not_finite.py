@@ -11,12 +11,10 @@ import torch
 from datasets import Dataset
 
 from alignkit.errors import TrainingError
-from alignkit.trainers.dpo import DPOTrainer
 from alignkit.trainers.guards import check_finite
-from alignkit.trainers.ppo import PPOTrainer
-from alignkit.trainers.reward import RewardTrainer
 from tests.guards.guarded_runs import (
     KINDS,
+    TRAINERS,
     DropGradients,
     Watch,
     equal,
@@ -24,25 +22,12 @@ from tests.guards.guarded_runs import (
     poison_gradient,
     poison_tokens,
     rows,
+    spoil_loss,
     training_log,
 )
 from tests.tiny_preferences import adapter_weights
 
 BAD = [math.nan, math.inf]
-
-
-def spoil_loss(base: type, watch: Watch, steps: tuple[int, ...], value: float) -> type:
-    """A trainer whose loss is not finite in some steps, as that of a subclass could be."""
-
-    class Spoilt(base):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            return loss * value if watch.step in steps else loss
-
-    return Spoilt
-
-
-TRAINERS = {"dpo": DPOTrainer, "kto": DPOTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}
 
 
 def run_with_bad(kind: str, where: str, value: float, folder: Path, *steps: int, **options: Any) -> tuple[Any, Watch]:

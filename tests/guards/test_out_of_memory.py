@@ -30,12 +30,15 @@ def messages(caplog: Any) -> list[str]:
     return [each.getMessage() for each in caplog.records if "out of memory" in each.getMessage()]
 
 
-def assert_same_run(found: Any, found_watch: Watch, expected: Any, expected_watch: Watch) -> None:
-    """Gradients of every step, and everything that was logged but clocks, agree to rounding."""
+def assert_same_run(found: Any, found_watch: Watch, expected: Any, expected_watch: Watch, rtol: float = RTOL) -> None:
+    """Gradients of every step, and everything that was logged but clocks, agree to rounding.
+
+    After the second step, weights differ by what rounding there has come to.
+    """
     assert found_watch.gradients.keys() == expected_watch.gradients.keys()
     for step, gradients in expected_watch.gradients.items():
         assert None not in gradients.values()
-        assert_close_tensors(found_watch.gradients[step], gradients, rtol=RTOL if step < 3 else 1e-4)
+        assert_close_tensors(found_watch.gradients[step], gradients, rtol=rtol if step < 3 else 1e-4)
     for entry, wanted in zip(training_log(found), training_log(expected), strict=True):
         names = [name for name in wanted if not any(clock in name for clock in CLOCKS)]
         assert len(names) > 5
@@ -90,7 +93,7 @@ def test_a_step_is_made_again_in_smaller_passes(
 
     watch = Watch()
     trainer = make_trainer(kind, tmp_path / "found", [watch], **options)
-    limit = 25 if stage == "coefficients" else 50
+    limit = 35 if stage == "coefficients" else 40
     fake = FakeMemory(
         trainer.bundle.base,
         limit,
@@ -133,13 +136,13 @@ def test_the_longest_batch_is_tried_before_training(
     assert max(fake.failures) > 60
     assert set(steps) == {0}  # all before the first step
     assert trainer._passes.max_tokens <= 45
-    assert_same_run(trainer, watch, expected, expected_watch)
+    assert_same_run(trainer, watch, expected, expected_watch, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "reward", "ppo"])
 def test_the_trial_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     """With dropout, which draws random numbers: bit for bit the run that tries nothing."""
-    options = {"max_steps": 3, "disable_dropout": False, "model": None}
+    options = {"max_steps": 3, "disable_dropout": kind == "ppo"}  # PPO has none
     passes: list[int] = []
 
     def run(folder: Path, tries: bool) -> tuple[Any, Watch]:
@@ -147,7 +150,7 @@ def test_the_trial_leaves_no_trace(kind: str, tmp_path: Path) -> None:
         model = tiny_model("llama", attention_dropout=0.0)
         trainer = make_trainer(kind, folder, [watch], **{**options, "model": model})
         for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
+            if isinstance(module, torch.nn.Dropout) and kind != "ppo":
                 module.p = 0.1
         if not tries:
             trainer.trials = list
@@ -205,6 +208,13 @@ def test_one_row_that_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> N
         trainer.train()
 
 
+def test_a_model_of_which_nothing_fits(tmp_path: Path) -> None:
+    trainer = make_trainer("dpo", tmp_path)
+    FakeMemory(trainer.bundle.base, 10, lambda kwargs: True)
+    with pytest.raises(TrainingError, match="out of memory while layouts were compared on a few short rows"):
+        trainer.train()
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     trainer = make_trainer("dpo", tmp_path)
     FakeMemory(trainer.bundle.base, 10, lambda kwargs: torch.is_grad_enabled(), error=RuntimeError("size mismatch"))
@@ -247,7 +257,7 @@ def test_the_reference_cache_is_filled_in_smaller_passes(tmp_path: Path, caplog:
     assert not messages(caplog)
     trainer, fake = cache("found", 110)
     assert fake.failures
-    assert trainer._passes.max_tokens <= 110
+    assert trainer._passes.max_tokens < min(fake.failures)
     assert len(messages(caplog)) == 1
     for column in ("ref_chosen_logps", "ref_rejected_logps"):
         assert trainer.train_dataset[column][:] == pytest.approx(expected.train_dataset[column][:], rel=1e-6)
@@ -264,7 +274,8 @@ def test_scoring_of_rollouts_begins_anew_in_smaller_passes(tmp_path: Path, caplo
     def is_late_scoring(kwargs: dict[str, Any]) -> bool:
         """Not the first micro-batch, so that an earlier one has been scored in a larger pass."""
         nonlocal passes
-        scoring = not torch.is_grad_enabled() and trainer._passes.layout is not None and "score" in kwargs
+        is_probe = trainer._passes.layout is None
+        scoring = not torch.is_grad_enabled() and not is_probe and kwargs.get("past_key_values") is None
         passes += scoring
         return scoring and passes > 2
 
@@ -337,9 +348,9 @@ def passes_of(processes: int, kind: DistributedType, max_tokens: int | None = No
     )
 
 
-def failing(passes: Any) -> Any:
+def failing(passes: Any, *lengths: list[int]) -> Any:
     def run() -> None:
-        passes.latest = torch.tensor([[10, 5, 5], [30, 10, 10]])
+        passes.latest = torch.tensor(lengths or [[10, 5, 5], [30, 10, 10]])
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     return run
@@ -352,6 +363,16 @@ def test_several_processes_do_not_try_again() -> None:
     passes = passes_of(1, DistributedType.DEEPSPEED)
     with pytest.raises(TrainingError, match="Lower per_device_train_batch_size"):
         MemoryGuard(passes).fit(failing(passes))
+
+
+def test_a_budget_that_cannot_be_lowered_is_no_endless_loop() -> None:
+    """A pass of several rows that fails although each has a pass of its own by now."""
+    passes = passes_of(1, DistributedType.NO)
+    with pytest.raises(TrainingError, match="one row alone, of 20 tokens, does not fit"):
+        MemoryGuard(passes).fit(failing(passes, [10, 5, 5], [8, 2, 2]))
+    passes = passes_of(1, DistributedType.NO, 20)
+    with pytest.raises(TrainingError, match="one row alone, of 12 tokens, does not fit"):
+        MemoryGuard(passes).fit(failing(passes, [8, 2, 2]))
 
 
 def test_the_budget_is_state() -> None:
