@@ -64,19 +64,25 @@ class GuardsSteps(_Base):
     _scaler: PauseScaler
 
     def begin_guards(
-        self, is_skipped: Callable[[], bool] = _never, forget_minibatch: Callable[[], None] = _nothing
+        self,
+        is_skipped: Callable[[], bool] = _never,
+        forget_minibatch: Callable[[], None] = _nothing,
+        engine: Any = None,
     ) -> None:
         """Set up; the last thing that a trainer's constructor does, once there are `states`.
 
         Args:
             is_skipped: whether the step that begins will have no gradients.
             forget_minibatch: drops what the open step has left besides registered states.
+            engine: that writes completions; one that finds out what memory holds has that for a state.
         """
         self.guard, self._micro_batches = FiniteGuard(self.accelerator), []
         self._forget_minibatch = forget_minibatch
         self._scaler = PauseScaler(self.accelerator, is_skipped)
         self.states.register("bad_steps", self.guard)
         self.states.register("token_budget", self._passes.memory)
+        if isinstance(engine, Stateful):
+            self.states.register("rollout_engine", engine)
         for callback in (self._scaler, GuardCallback(self)):
             self.add_callback(callback)
 

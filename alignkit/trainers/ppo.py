@@ -167,7 +167,7 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision
         use_progress_display(self)
         self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
         self.begin_checkpoints({"ppo": self.ppo_state})
-        self.begin_guards(lambda: self._is_stopped, self._begin_minibatch)
+        self.begin_guards(lambda: self._is_stopped, self._begin_minibatch, self._engine)
 
     # --- data ---
 

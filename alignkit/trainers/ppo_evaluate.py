@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,12 +16,15 @@ from alignkit.functional.kl import k1
 from alignkit.rollout.collect import Prompts, token_mask
 from alignkit.rollout.engine import Completion
 from alignkit.rollout.mix import RewardResult
+from alignkit.trainers.guards import ROW_ID, few
 from alignkit.trainers.pooled import Pooled, PooledWindow, deviation, mean
 from alignkit.trainers.ppo_data import take_prompts
 from alignkit.trainers.ppo_metrics import reward_metrics
 
 if TYPE_CHECKING:
     from alignkit.trainers.ppo import PPOTrainer
+
+logger = logging.getLogger(__name__)
 
 # The smallest number of prompts that generate together; more come together where batches are larger.
 FEWEST_PROMPTS = 16
@@ -55,9 +60,16 @@ def greedy_metrics(trainer: PPOTrainer, dataset: Dataset) -> dict[str, float]:
     Raises:
         TrainingError: every completion was dropped.
     """
-    window = PooledWindow()
+    window, bad = PooledWindow(), list[int]()
     for batch in greedy_batches(trainer, dataset):
         window.add(_metrics_of(batch))
+        bad += [row for row, kl in zip(batch.rows, batch.kl.tolist(), strict=True) if not math.isfinite(kl)]
+    if bad:
+        logger.warning(
+            "evaluation after step %d: log-probability is not finite (rows %s of the data).",
+            trainer.state.global_step,
+            few([dataset[row][ROW_ID] for row in bad]),
+        )
     if not window.figures():  # more processes than prompts: figures of the same names, in which nothing counts
         of_one = _metrics_of(_complete(trainer, dataset, [0]))
         window.add({name: Pooled(kind, 0 * sums) for name, (kind, sums) in of_one.items()})

@@ -12,7 +12,7 @@ import torch
 from alignkit.errors import TrainingError
 from alignkit.rollout.reward import RewardError
 from tests.guards.guarded_runs import TRAINERS, Watch, equal, make_trainer, spoil_loss, training_log
-from tests.ppo_factory import scaling_on_a_cpu, vowels
+from tests.ppo_factory import prompts, scaling_on_a_cpu, vowels
 
 TWO_STEPS = {"num_ppo_epochs": 2, "max_steps": 6}
 
@@ -84,6 +84,22 @@ def test_log_probs_of_a_rollout(tmp_path: Path) -> None:
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(42)).tolist()  # `RolloutSampler`'s
     assert skipped.rows == [ids[order[4 + 1]]]
     assert equal(watch.before[3], watch.after[4])
+
+
+def test_evaluation_names_its_bad_rows(tmp_path: Path, caplog: Any) -> None:
+    trainer = make_trainer("ppo", tmp_path, eval_dataset=prompts(5, seed=4))
+    assert math.isfinite(trainer.evaluate()["eval_kl"])
+    assert "not finite" not in caplog.text
+    score = trainer.score
+
+    def spoilt(asked: Any, completions: Any) -> Any:
+        table = score(asked, completions)
+        table.ref_logps[3, 0] = math.nan
+        return table
+
+    trainer.score = spoilt
+    assert not math.isfinite(trainer.evaluate()["eval_kl"])
+    assert "evaluation after step 0: log-probability is not finite (rows 3 of the data)." in caplog.text
 
 
 def test_too_many_bad_rollouts(tmp_path: Path) -> None:
