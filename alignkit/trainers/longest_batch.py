@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 
-from alignkit.data.collate import ID_COLUMNS
+from alignkit.data.collate import ID_COLUMNS, DPOCollator
 from alignkit.data.layout import group_costs
 from alignkit.trainers.boundary import random_states, set_random_states
 from alignkit.trainers.passes import Batch, accumulate
@@ -37,8 +37,11 @@ class Trial(NamedTuple):
 
 
 def pair_trials(trainer: Any, loss: Callable[[nn.Module, Batch], Tensor]) -> list[Trial]:
-    """The pairs of the training data."""
-    dataset, collate = trainer.train_dataset, trainer.data_collator
+    """The pairs of the training data.
+
+    They are collated by our own collator: one that the user made may count what it is given, or draw random numbers.
+    """
+    dataset, collate = trainer.train_dataset, DPOCollator(trainer.args.max_length)
     return [Trial(lengths_of(dataset, ID_COLUMNS), lambda rows: collate([dataset[row] for row in rows]), loss)]
 
 
