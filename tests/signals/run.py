@@ -118,13 +118,11 @@ def run(method: str, folder: Path, phase: str | None = None, sign: Path = Path("
     make(folder, still).train(asked)
 
 
-def _watch_forward(model: nn.Module, still: Still, calls: int) -> None:
-    """Stand still in the forward pass of the given number."""
-    seen = [0]
+def _watch_forward(model: nn.Module, still: Still, trainer: Any) -> None:
+    """Stand still in a forward pass of the sixth step."""
 
     def watch(*_: Any) -> None:
-        seen[0] += 1
-        if seen[0] == calls:
+        if trainer.state.global_step == 5:
             still.here("forward")
 
     model.register_forward_pre_hook(watch)
@@ -161,7 +159,7 @@ def _dpo(folder: Path, still: Still) -> DPOTrainer:
         peft_config=lora(lora_dropout=0.1),
         callbacks=[Phases(still)],
     )
-    _watch_forward(model, still, 13)
+    _watch_forward(model, still, trainer)
     return trainer
 
 
@@ -176,7 +174,7 @@ def _reward(folder: Path, still: Still) -> RewardTrainer:
         peft_config=lora(lora_dropout=0.1),
         callbacks=[Phases(still)],
     )
-    _watch_forward(model, still, 13)
+    _watch_forward(model, still, trainer)
     return trainer
 
 

@@ -107,6 +107,7 @@ TRAINING = [
 STEPS = {
     ("dpo", "forward"): 5,
     ("dpo", "between micro-batches"): 5,
+    ("reward", "forward"): 5,
     ("dpo", "evaluation"): 4,
     ("dpo", "saving"): 4,
     ("ppo", "reward call"): 2,
