@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,6 +23,21 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LIMITS = st.sampled_from([None, None, 2, 5, 9, 16, 27, 60, 100, 200, 1000])
 FAMILIES = st.sampled_from(["bytes", "dummy prefix", "words"])
 TEMPLATES = st.sampled_from([*sorted(WORKING), None])
+
+
+def as_dataset(rows: list[dict[str, Any]]) -> Any:
+    """The rows in a table, if one can hold them."""
+    try:
+        return Dataset.from_list(rows, on_mixed_types="use_json")
+    except Exception:  # noqa: BLE001 (whatever Arrow and `datasets` say to rows that make no table)
+        return rows
+
+
+FORMS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "list": list,
+    "dataset": as_dataset,
+    "stream": lambda rows: IterableDataset.from_generator(rows.__iter__),
+}
 
 
 def with_template(tokenizers: Tokenizers, family: str, name: str | None) -> PreTrainedTokenizerBase:
@@ -57,33 +73,36 @@ def check_lengths(row: dict[str, Any], limit: int | None, vocabulary: int, *, un
     assert unpaired or row["chosen_ids"] != row["rejected_ids"]
 
 
-@effort(300, 2_500)
+@effort(150, 1_500)
 def test_rows_are_kept_dropped_or_refused(examples: int, tokenizers: Tokenizers, tally: Counter[str]) -> None:
     def check(rows: list[dict[str, Any]], family: str, template: str | None, limit: int | None, flags: tuple) -> None:
-        drops_longer, unpaired, share = flags
+        drops_longer, unpaired, share, form = flags
         tokenizer = with_template(tokenizers, family, template)
+        source = FORMS[form](rows)
+        options = {"max_length": limit, "drop_longer": drops_longer, "max_drop_fraction": share}
         try:
-            made, report = prepare_preferences(
-                rows, tokenizer, max_length=limit, drop_longer=drops_longer, unpaired=unpaired, max_drop_fraction=share
-            )
+            made, report = prepare_preferences(source, tokenizer, unpaired=unpaired, **options)
+            table = list(made)  # a stream is read only now
         except AlignkitError as error:
             tally["datasets refused"] += 1
             tally.update(f"rows {reason.value}" for reason in DropReason if f"dropped: {reason.value}" in str(error))
             check_message(error)
             return
-        kept = list(made["row_id"])
-        check_counts(report, len(rows), sorted(set(kept)))
-        for row in made:
+        check_counts(report, len(rows), sorted({row["row_id"] for row in table}))
+        for row in table:
             check_lengths(row, limit, 1 + max(tokenizer.get_vocab().values()), unpaired=unpaired)
         tally["rows kept"] += report.rows_kept
+        tally[f"of a {form}"] += report.rows_kept
         tally.update({f"rows {reason.value}": count.count for reason, count in report.drops.items()})
 
-    flags = st.tuples(st.booleans(), st.booleans(), st.sampled_from([1.0, 1.0, 1.0, 0.2]))
+    shares, forms = st.sampled_from([1.0, 1.0, 1.0, 0.2]), st.sampled_from(["list", "list", *sorted(FORMS)])
+    flags = st.tuples(st.booleans(), st.booleans(), shares, forms)
     try_all(
         check, examples, tally, rows=datasets(FORMATS), family=FAMILIES, template=TEMPLATES, limit=LIMITS, flags=flags
     )
     assert tally["rows kept"] > examples // 4  # what is drawn is not all rubbish
     assert sum(name.startswith("rows ") for name in tally) >= 8  # and meets most of the reasons
+    assert all(tally[f"of a {form}"] > examples // 40 for form in FORMS)
 
 
 @effort(60, 600)
