@@ -41,7 +41,7 @@ def refused(error: AlignkitError) -> str:
     return "refused"
 
 
-@effort(2_000, 25_000)
+@effort(2_000, 10_000)
 def test_damaged_records(examples: int, tmp_path: Path, tally: Counter[str]) -> None:
     record = make_record()
     path = record.save(tmp_path)
@@ -83,7 +83,7 @@ def check_manifest(folder: Path, expected: Manifest, data: bytes) -> str:
     return "verified"
 
 
-@effort(2_500, 40_000)
+@effort(2_500, 15_000)
 def test_a_damaged_manifest_verifies_only_if_it_says_the_same(
     examples: int, sealed: tuple[Path, Manifest], tally: Counter[str]
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_manifest_nested_as_deep_as_it_can_be_read(sealed: tuple[Path, Manifes
     assert tally["verified"] == 0
 
 
-@effort(1_500, 15_000)
+@effort(1_500, 6_000)
 def test_a_manifest_that_somebody_made_up(examples: int, sealed: tuple[Path, Manifest], tally: Counter[str]) -> None:
     """With a seal that fits: nothing outside the folder is named, and every file is what the manifest says."""
     folder, manifest = sealed
@@ -139,7 +139,7 @@ def test_a_manifest_that_somebody_made_up(examples: int, sealed: tuple[Path, Man
     assert min(tally["refused"], tally["verified"]) > examples // 20
 
 
-@effort(1_500, 15_000)
+@effort(1_500, 6_000)
 def test_damaged_states(examples: int, tmp_path: Path, tally: Counter[str]) -> None:
     path = tmp_path / "states_0.safetensors"
     window = {"sums": {"loss": torch.tensor(1.5, dtype=torch.float64)}, "moments": torch.arange(4.0), "none": None}
@@ -168,7 +168,7 @@ def test_damaged_states(examples: int, tmp_path: Path, tally: Counter[str]) -> N
     assert min(tally["refused"], tally["read"]) > examples // 50
 
 
-@effort(250, 2_000)
+@effort(250, 1_000)
 def test_damaged_datasets(examples: int, tmp_path: Path, tally: Counter[str]) -> None:
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
     texts = {

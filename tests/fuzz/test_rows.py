@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -73,10 +74,21 @@ def check_lengths(row: dict[str, Any], limit: int | None, vocabulary: int, *, un
     assert unpaired or row["chosen_ids"] != row["rejected_ids"]
 
 
-@effort(150, 1_500)
-def test_rows_are_kept_dropped_or_refused(examples: int, tokenizers: Tokenizers, tally: Counter[str]) -> None:
+@pytest.mark.parametrize(
+    ("form", "examples"),
+    [
+        *zip(FORMS, (250, 40, 40), strict=True),
+        *(
+            pytest.param(form, count, marks=pytest.mark.slow)
+            for form, count in zip(FORMS, (2_000, 300, 300), strict=True)
+        ),
+    ],
+)
+def test_rows_are_kept_dropped_or_refused(
+    form: str, examples: int, tokenizers: Tokenizers, tally: Counter[str]
+) -> None:
     def check(rows: list[dict[str, Any]], family: str, template: str | None, limit: int | None, flags: tuple) -> None:
-        drops_longer, unpaired, share, form = flags
+        drops_longer, unpaired, share = flags
         tokenizer = with_template(tokenizers, family, template)
         source = FORMS[form](rows)
         options = {"max_length": limit, "drop_longer": drops_longer, "max_drop_fraction": share}
@@ -92,17 +104,14 @@ def test_rows_are_kept_dropped_or_refused(examples: int, tokenizers: Tokenizers,
         for row in table:
             check_lengths(row, limit, 1 + max(tokenizer.get_vocab().values()), unpaired=unpaired)
         tally["rows kept"] += report.rows_kept
-        tally[f"of a {form}"] += report.rows_kept
         tally.update({f"rows {reason.value}": count.count for reason, count in report.drops.items()})
 
-    shares, forms = st.sampled_from([1.0, 1.0, 1.0, 0.2]), st.sampled_from(["list", "list", *sorted(FORMS)])
-    flags = st.tuples(st.booleans(), st.booleans(), shares, forms)
+    flags = st.tuples(st.booleans(), st.booleans(), st.sampled_from([1.0, 1.0, 1.0, 0.2]))
     try_all(
         check, examples, tally, rows=datasets(FORMATS), family=FAMILIES, template=TEMPLATES, limit=LIMITS, flags=flags
     )
-    assert tally["rows kept"] > examples // 4  # what is drawn is not all rubbish
-    assert sum(name.startswith("rows ") for name in tally) >= 8  # and meets most of the reasons
-    assert all(tally[f"of a {form}"] > examples // 40 for form in FORMS)
+    assert tally["rows kept"] > examples // 8  # what is drawn is not all rubbish
+    assert sum(name.startswith("rows ") for name in tally) >= (8 if examples > 200 else 4)  # and meets most reasons
 
 
 @effort(60, 600)
