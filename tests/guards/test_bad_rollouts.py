@@ -14,7 +14,7 @@ from alignkit.rollout.reward import RewardError
 from tests.guards.guarded_runs import TRAINERS, Watch, equal, make_trainer, spoil_loss, training_log
 from tests.ppo_factory import prompts, scaling_on_a_cpu, vowels
 
-TWO_STEPS = {"num_ppo_epochs": 2, "max_steps": 6}
+TWO_STEPS: dict[str, Any] = {"num_ppo_epochs": 2, "max_steps": 6}
 
 
 def rewards(*rollouts: int) -> list[Any]:
@@ -35,7 +35,7 @@ def rewards(*rollouts: int) -> list[Any]:
 
 def test_a_bad_rollout_moves_nothing_and_counts_once(tmp_path: Path, caplog: Any) -> None:
     watch = Watch()
-    options = {**TWO_STEPS, "normalize_rewards": True, "kl_target": 3.0, "kl_horizon": 20}
+    options: dict[str, Any] = {**TWO_STEPS, "normalize_rewards": True, "kl_target": 3.0, "kl_horizon": 20}
     trainer = make_trainer("ppo", tmp_path, [watch], reward=rewards(2), **options)
     carried: dict[int, Any] = {}
     begin = watch.on_step_begin

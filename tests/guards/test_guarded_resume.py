@@ -11,7 +11,7 @@ import pytest
 from alignkit.errors import TrainingError
 from tests.guards.guarded_runs import FakeMemory, Watch, equal, make_trainer, poison_gradient, rows, training_log
 
-SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 3, "max_steps": 6}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 3, "max_steps": 6}
 
 
 def run(kind: str, folder: Path, bad: tuple[int, ...], resume: str | None = None, **options: Any) -> tuple[Any, Watch]:

@@ -64,7 +64,7 @@ def test_a_bad_step_moves_nothing(kind: str, where: str, value: float, tmp_path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_follows_is_a_run_without_that_step(kind: str, tmp_path: Path) -> None:
     """Weights, optimizer and metrics of the good steps are those of a run whose second step had no gradients."""
-    options = {"num_ppo_epochs": 2} if kind == "ppo" else {}
+    options: dict[str, Any] = {"num_ppo_epochs": 2} if kind == "ppo" else {}
     bad, bad_watch = run_with_bad(kind, "gradient", math.nan, tmp_path / "bad", 2, **options)
     watch = Watch()
     good = make_trainer(kind, tmp_path / "good", [watch, DropGradients(2)], **options)

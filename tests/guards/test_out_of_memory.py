@@ -14,6 +14,7 @@ from alignkit.errors import TrainingError
 from alignkit.models.out_of_memory import is_out_of_memory
 from alignkit.rollout.engine import Sampling
 from alignkit.rollout.hf import HFEngine
+from alignkit.rollout.reward import RewardInputs
 from alignkit.trainers.longest_batch import most_expensive_rows
 from alignkit.trainers.memory_guard import MemoryGuard
 from tests.guards.guarded_runs import FakeMemory, Watch, equal, make_trainer, rows, training_log
@@ -37,8 +38,10 @@ def assert_same_run(found: Any, found_watch: Watch, expected: Any, expected_watc
     """
     assert found_watch.gradients.keys() == expected_watch.gradients.keys()
     for step, gradients in expected_watch.gradients.items():
+        wanted: Any = gradients
+        mine: Any = found_watch.gradients[step]
         assert None not in gradients.values()
-        assert_close_tensors(found_watch.gradients[step], gradients, rtol=rtol if step < 3 else 1e-4)
+        assert_close_tensors(mine, wanted, rtol=rtol if step < 3 else 1e-4)
     for entry, wanted in zip(training_log(found), training_log(expected), strict=True):
         names = [name for name in wanted if not any(clock in name for clock in CLOCKS)]
         assert len(names) > 5
@@ -81,7 +84,12 @@ def test_a_step_is_made_again_in_smaller_passes(
     kind: str, stage: str, budget: int | None, tmp_path: Path, caplog: Any
 ) -> None:
     """Memory ends in the second micro-batch of the second step: both are run again."""
-    options = {"gradient_accumulation_steps": 2, "max_steps": 3, "max_grad_norm": 0.0, "max_tokens_per_forward": budget}
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "max_grad_norm": 0.0,
+        "max_tokens_per_forward": budget,
+    }
     if kind != "ppo":
         options["train_dataset"] = rows(24, labelled=kind == "kto")
     if stage == "coefficients":  # only a batch that is cut has that pass
@@ -142,7 +150,7 @@ def test_the_longest_batch_is_tried_before_training(
 @pytest.mark.parametrize("kind", ["dpo", "kto", "reward", "ppo"])
 def test_the_trial_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     """With dropout, which draws random numbers: bit for bit the run that tries nothing."""
-    options = {"max_steps": 3, "disable_dropout": kind == "ppo"}  # PPO has none
+    options: dict[str, Any] = {"max_steps": 3, "disable_dropout": kind == "ppo"}  # PPO has none
     passes: list[int] = []
 
     def run(folder: Path, tries: bool) -> tuple[Any, Watch]:
@@ -154,11 +162,13 @@ def test_the_trial_leaves_no_trace(kind: str, tmp_path: Path) -> None:
                 module.p = 0.1
         if not tries:
             trainer.trials = list
-        FakeMemory(
-            trainer.bundle.base,
-            0,
-            lambda kwargs: watch.step == 0 and torch.is_grad_enabled() and passes.append(kwargs["input_ids"].numel()),
-        )
+
+        def note(kwargs: dict[str, Any]) -> bool:
+            if watch.step == 0 and torch.is_grad_enabled():
+                passes.append(kwargs["input_ids"].numel())
+            return False
+
+        FakeMemory(trainer.bundle.base, 0, note)
         trainer.train()
         return trainer, watch
 
@@ -225,13 +235,15 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto", "reward"])
 def test_evaluation_goes_on_in_smaller_passes(kind: str, tmp_path: Path, caplog: Any) -> None:
     def evaluate(folder: Path, limit: int | None) -> tuple[Any, dict[str, float]]:
-        options = {"max_tokens_per_forward": 80, "per_device_eval_batch_size": 8}
+        options: dict[str, Any] = {"max_tokens_per_forward": 80, "per_device_eval_batch_size": 8}
         trainer = make_trainer(kind, folder, eval_dataset=rows(12, labelled=kind == "kto"), **options)
-        if limit is not None:
-            active = lambda kwargs: not trainer.model.training and trainer._passes.layout is not None  # noqa: E731
-            fake = FakeMemory(trainer.bundle.base, limit, active)
+        fake = FakeMemory(
+            trainer.bundle.base,
+            limit or 10_000,
+            lambda kwargs: not trainer.model.training and trainer._passes.layout is not None,
+        )
         metrics = trainer.evaluate()
-        assert limit is None or fake.failures
+        assert bool(fake.failures) == (limit is not None)
         return trainer, {name: value for name, value in metrics.items() if not any(clock in name for clock in CLOCKS)}
 
     _, expected = evaluate(tmp_path / "expected", None)
@@ -248,7 +260,7 @@ def test_the_reference_cache_is_filled_in_smaller_passes(tmp_path: Path, caplog:
     def cache(name: str, limit: int) -> Any:
         model = tiny_model("llama")
         fake = FakeMemory(model, limit, lambda kwargs: not torch.is_grad_enabled())
-        options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 16}
+        options: dict[str, Any] = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 16}
         trainer = make_trainer("dpo", tmp_path, model=model, reference_cache_dir=str(tmp_path / name), **options)
         return trainer, fake
 
@@ -265,7 +277,7 @@ def test_the_reference_cache_is_filled_in_smaller_passes(tmp_path: Path, caplog:
 
 def test_scoring_of_rollouts_begins_anew_in_smaller_passes(tmp_path: Path, caplog: Any) -> None:
     """Every chunk is scored as it will be trained on: the first importance ratio stays exactly 1."""
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    options: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     expected = make_trainer("ppo", tmp_path / "expected", **options)
     expected.train()
     trainer = make_trainer("ppo", tmp_path / "found", **options)
@@ -287,6 +299,27 @@ def test_scoring_of_rollouts_begins_anew_in_smaller_passes(tmp_path: Path, caplo
     for found, wanted in zip(training_log(trainer), training_log(expected), strict=True):
         assert found["policy/approxkl_avg"] == wanted["policy/approxkl_avg"] == 0.0
         assert found["objective/kl"] == pytest.approx(wanted["objective/kl"], rel=1e-4)
+
+
+def test_a_reward_adapter_scores_in_smaller_passes(tmp_path: Path, caplog: Any) -> None:
+    judge = make_trainer("reward", tmp_path / "judge", max_steps=1)
+    judge.train()
+    judge.save_model()
+    inputs = RewardInputs(
+        prompts=["a"] * 4,
+        completions=["b"] * 4,
+        prompt_ids=[[40 + n] * (3 + n) for n in range(4)],
+        completion_ids=[[50, 60 + n] for n in range(4)],
+    )
+    trainer = make_trainer("ppo", tmp_path / "ppo", reward=str(tmp_path / "judge"))
+    (source,) = trainer.rewards.sources
+    expected = source(inputs).values
+    assert expected.std() > 1e-3
+    fake = FakeMemory(trainer.bundle.base, 15, lambda kwargs: True)
+    found = source(inputs).values
+    assert fake.failures
+    assert len(messages(caplog)) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("error", [None, CPU_ERROR], ids=["device", "cpu"])
