@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from alignkit.errors import ModelError
 from alignkit.models.source import LOADING_ERRORS, Source, explain, locate
 from alignkit.models.untrusted.configs import check_config
-from alignkit.models.untrusted.folders import check_tokenizer
+from alignkit.models.untrusted.folders import check_folder, check_tokenizer
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -80,6 +80,17 @@ def load_tokenizer(
     while source.adapter is not None and not _has_tokenizer(source):
         source = locate(source.base, source.base_kwargs)
     return with_pad_token(_from_pretrained(source, trust_remote_code))
+
+
+def read_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as it is, from a folder or repository that need hold no model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if Path(name).expanduser().is_dir():
+        check_folder(Path(name).expanduser())
+    return _from_pretrained(Source(name, {}), trust_remote_code)
 
 
 def _has_tokenizer(source: Source) -> bool:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ConfigError, ModelError, nearest
-from alignkit.models.tokenizer import load_tokenizer, with_distinct_pad_token
+from alignkit.models.tokenizer import read_tokenizer, with_distinct_pad_token
 from alignkit.trainers.reward_config import RewardConfig
 from alignkit.trainers.setup import build_tokenizer
 
@@ -59,7 +59,7 @@ def _chat_template(path: str, tokenizer: PreTrainedTokenizerBase, args: RewardCo
         except OSError as error:
             raise ConfigError(f"chat_template_path={path!r} cannot be read: {error.strerror}") from None
     try:
-        other: Any = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+        other: Any = read_tokenizer(path, trust_remote_code=args.trust_remote_code)
     except ModelError as error:
         raise ConfigError(f"chat_template_path={path!r} is no tokenizer: {error}") from error
     if other.chat_template is None:

@@ -306,7 +306,7 @@ def test_a_base_quantized_on_disk_is_refused(base: Path, adapter: Path, tmp_path
 
 def test_another_models_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", hidden_size=64)
-    with pytest.raises(ModelError, match="cannot be put on its base"):
+    with pytest.raises(ModelError, match="does not fit this base, so it was trained on another one"):
         merge_adapter(adapter, tmp_path / "out", base=other)
     assert leftovers(tmp_path) == ["other"]
 
