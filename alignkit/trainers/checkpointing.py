@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,23 @@ class KeepsCheckpoints(SavesWhole):
     _random_after_rest: tuple[Any, ...] | None
     _is_in_step: bool
 
-    def begin_checkpoints(self, running: dict[str, Stateful], settled: dict[str, Stateful] | None = None) -> None:
+    def begin_checkpoints(
+        self,
+        running: dict[str, Stateful],
+        settled: dict[str, Stateful] | None = None,
+        *,
+        rewards: Sequence[Any] = (),
+        texts: Any = None,
+    ) -> None:
         """Set up, once the trainer's callbacks are there.
 
         Args:
             running: what changes within an optimizer step, by name: logging windows.
             settled: what changes between optimizer steps alone.
+            rewards: what rewards completions; a resumed run has to have the same.
+            texts: data besides the training data, the same.
         """
+        self._rewarding, self._mixed_in = rewards, texts
         self.states = States()
         for name, stateful in (settled or {}).items():
             self.states.register(name, stateful)
@@ -133,6 +144,7 @@ class KeepsCheckpoints(SavesWhole):
         if self.is_world_process_zero():
             tidy(output_dir)
         weights_only: bool = args.weights_only_resume
+        description = self._description()
         folder = agreed(
             lambda: find_checkpoint(asked, output_dir, weights_only=weights_only), self.is_world_process_zero()
         )
@@ -146,19 +158,19 @@ class KeepsCheckpoints(SavesWhole):
             check_weights(folder)
         elif folder is not None:
             check_contents(folder)
-            self._load_states(folder)
+            self._load_states(folder, description)
         if args.save_strategy != "no" and self.is_world_process_zero():
             require_space(output_dir, self._checkpoint_bytes(), "a checkpoint")
         return None if folder is None else str(folder)
 
-    def _load_states(self, folder: Path) -> None:
+    def _load_states(self, folder: Path, description: dict[str, Any]) -> None:
         manifest = read_manifest(folder)
         if is_weights_only(manifest):
             raise CheckpointError(
                 f"{folder} holds weights alone (save_only_model=True): set weights_only_resume=True to go on from them "
                 "with a new optimizer"
             )
-        compare_runs(folder, manifest.run, self._description())
+        compare_runs(folder, manifest.run, description)
         self.check_resumable(folder, manifest.step)
         path = folder / f"states_{self.args.process_index}.safetensors"
         saved = read_states(path)

@@ -383,6 +383,11 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision
         """Whether `sync_ref_model` moves the reference."""
         return self.args.sync_ref_model
 
+    @property
+    def computes_reference(self) -> bool:
+        """Whether `precompute_ref_log_probs` did."""
+        return self.args.precompute_ref_log_probs
+
     def save_files(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Write the policy; a reference adapter only into checkpoints, and only if it moves."""
         super().save_files(folder, state_dict)

@@ -166,7 +166,7 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision
             self.add_callback(callback)
         use_progress_display(self)
         self.record = begin_record(self, "ppo", train_dataset, eval_dataset, self.reports, self.rewards.names)
-        self.begin_checkpoints({"ppo": self.ppo_state})
+        self.begin_checkpoints({"ppo": self.ppo_state}, rewards=self.rewards.sources, texts=texts)
         self.begin_guards(lambda: self._is_stopped, self._begin_minibatch, self._engine)
 
     # --- data ---

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified
 from alignkit.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
+from alignkit.data.collate import ID_COLUMNS
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.adapters import REFERENCE_ADAPTER
+from alignkit.rollout.classifier import ClassifierReward
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 # Files of a checkpoint that `weights_only_resume` does without.
 NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+# What a run is made of besides its options, and what to call it.
+_PARTS = {
+    "train_data": "the training data",
+    "further_data": "a column of the training data beside its tokens, or the texts that are mixed in",
+    "base": "the base model",
+    "adapter": "the adapter",
+    "rewards": "what rewards completions",
+    "batching": "accelerator_config",
+}
+# Columns that the record hashes, or that only name rows; and those that a run computes itself.
+_TOLD_COLUMNS = (*ID_COLUMNS, "completion_ids", "label", "margin", "row_id")
+_COMPUTED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _REMEDY = "Set it back, or go on with the weights alone: weights_only_resume=True."
 
 # Options that say what is told, kept and measured, or where: they move no weight.
@@ -80,6 +95,11 @@ _ROUNDING = {
     "torch_compile_mode",
     "use_cpu",
 }
+# Harmless by their beginning, but they say which rows make a step.
+_OF_ROWS = {"dataloader_drop_last"}
+# They move weights where the learning rate follows what evaluations find.
+_OF_EVALUATION = {"eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better"}
+_EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # They matter only where the schedule of the learning rate depends on them.
 _LENGTH = frozenset({"max_steps", "num_train_epochs"})
 _UNSCHEDULED = ("constant", "constant_with_warmup")
@@ -166,14 +186,15 @@ def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     """
     broken = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in ("method", "processes")
               if saved.get(name) != now[name]]  # fmt: skip
-    for name, what in (("train_data", "the training data"), ("base", "the base model"), ("adapter", "the adapter")):
+    for name, what in _PARTS.items():
         if saved.get(name) != now[name]:
             broken.append(f"{what} changed")
     told: list[str] = []
     old, new = saved.get("settings") or {}, now["settings"]
     scheduled = new.get("lr_scheduler_type") not in _UNSCHEDULED
+    evaluated = new.get("lr_scheduler_type") in _EVALUATED_SCHEDULES
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) == new.get(name) or _is_harmless(name):
+        if old.get(name) == new.get(name) or (_is_harmless(name) and not (evaluated and name in _OF_EVALUATION)):
             continue
         sentence = f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         if name in _ROUNDING or (name in _LENGTH and not scheduled):
@@ -182,7 +203,9 @@ def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
             broken.append(sentence)
     for name in ("evaluation_data", "versions", "device"):
         if saved.get(name) != now[name]:
-            told.append(f"{name.replace('_', ' ')} changed")
+            (broken if evaluated and name == "evaluation_data" else told).append(f"{name.replace('_', ' ')} changed")
+    if now["train_data"] is None:
+        logger.warning("The training data are a stream: nobody can tell whether they are those of %s.", folder)
     if broken:
         raise CheckpointError(f"{folder} is of another run: {'; '.join(broken)}. {_REMEDY}")
     if told:
@@ -190,15 +213,29 @@ def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS_NAMES or name.startswith(_HARMLESS)
+    return name in _HARMLESS_NAMES or (name.startswith(_HARMLESS) and name not in _OF_ROWS)
 
 
-def describe_run(trainer: Any, base: str) -> dict[str, Any]:
+class Fixed(NamedTuple):
+    """Hashes of what a run does not change, taken before it begins.
+
+    Attributes:
+        base: of `frozen_digest`.
+        data: of `further_data_digest`.
+        rewards: of the models that reward completions.
+    """
+
+    base: str
+    data: str
+    rewards: str
+
+
+def describe_run(trainer: Any, fixed: Fixed) -> dict[str, Any]:
     """What a run is made of, as a manifest keeps it.
 
     Args:
         trainer: with a `record`.
-        base: hash of the frozen weights, of `frozen_digest`.
+        fixed: hashes of its parts.
     """
     record = trainer.record
     data = {entry["name"]: entry["sha256"] for entry in record.data}
@@ -210,13 +247,51 @@ def describe_run(trainer: Any, base: str) -> dict[str, Any]:
         "method": record.method,
         "processes": trainer.args.world_size,
         "train_data": data.get("train"),
+        "further_data": fixed.data,
         "evaluation_data": {name: digest for name, digest in data.items() if name != "train"},
-        "base": base,
+        "base": fixed.base,
         "adapter": adapter,
+        "rewards": [*record.reward, fixed.rewards],
+        "batching": str(trainer.args.accelerator_config.to_dict()),
         "settings": record.settings,
         "versions": record.versions,
         "device": trainer.args.device.type,
     }
+
+
+def further_data_digest(rows: Any, texts: Any, *, is_computed: bool) -> str:
+    """SHA-256 of what the record does not hash: weights, columns that rewards ask for, texts that are mixed in.
+
+    Args:
+        rows: the training data as prepared; a stream tells nothing.
+        texts: another dataset, or `None`.
+        is_computed: the reference's log-probabilities among the columns come from rows and base.
+    """
+    digest = hashlib.sha256()
+    for dataset, known in ((rows, {*_TOLD_COLUMNS, *(_COMPUTED_COLUMNS if is_computed else ())}), (texts, {"row_id"})):
+        if not isinstance(dataset, Dataset):
+            continue
+        columns = sorted(set(dataset.column_names) - known)
+        digest.update(repr(columns).encode())
+        for row in dataset.select_columns(columns).with_format(None) if columns else ():
+            digest.update(repr(_in_order(row)).encode())
+    return digest.hexdigest()
+
+
+def rewards_digest(sources: Sequence[Any]) -> str:
+    """SHA-256 of the weights of classifiers that reward; functions have none, and adapters count as the base's."""
+    digest = hashlib.sha256()
+    for source in sources:
+        if isinstance(source, ClassifierReward):
+            for name, parameter in source.model.named_parameters():
+                _add(digest, name, parameter)
+    return digest.hexdigest()
+
+
+def _in_order(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sorted((str(key), _in_order(item)) for key, item in value.items())
+    return [_in_order(item) for item in value] if isinstance(value, list) else value
 
 
 _UNTOLD_OF_ADAPTERS = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
@@ -229,17 +304,19 @@ def _sorted(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | list | tuple) else str(value)
 
 
-def frozen_digest(model: nn.Module, reference: nn.Module | None, *, is_moving: bool) -> str:
+def frozen_digest(model: nn.Module, reference: nn.Module | None, *, is_moving: bool, is_source: bool = False) -> str:
     """SHA-256 of every weight that training does not move and a checkpoint does not hold.
 
     Args:
         model: the policy; of a model that is trained whole, nothing counts.
         reference: a separate reference.
         is_moving: the reference follows the policy, so that checkpoints hold it.
+        is_source: what the policy is before training makes the reference, so that all of it counts.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not (is_moving and f".{REFERENCE_ADAPTER}." in f".{name}."):
+        is_kept = is_moving and f".{REFERENCE_ADAPTER}." in f".{name}."
+        if is_source or not (parameter.requires_grad or is_kept):
             _add(digest, name.replace(".base_layer.", "."), parameter)
     if reference is not None and not is_moving:
         for name, parameter in reference.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from alignkit.checkpoint.states import States, write_states
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.trainers.boundary_callback import Rest
 from alignkit.trainers.recording import save_description
-from alignkit.trainers.resuming import describe_run, frozen_digest
+from alignkit.trainers.resuming import Fixed, describe_run, frozen_digest, further_data_digest, rewards_digest
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -49,7 +50,9 @@ class SavesWhole(_Base):
     record: Any
     is_scheduled: bool
     _staging: Path | None = None
-    _base_digest: str | None = None
+    _fixed: Fixed | None = None
+    _rewarding: Sequence[Any] = ()
+    _mixed_in: Any = None
     _saved: tuple[int, Rest] | None = None  # step and rest of the last checkpoint of this training
 
     @property
@@ -210,11 +213,22 @@ class SavesWhole(_Base):
             raise OSError(str(error)) from error  # tokenizers has no better class for a disk that is full
 
     def _description(self) -> dict[str, Any]:
-        if self._base_digest is None:
-            reference = self.bundle.reference
+        """What the run is made of. Weights that make the reference are hashed at the first call, before training."""
+        if self._fixed is None:
+            bundle, is_computed = self.bundle, self.computes_reference
+            is_source = is_computed and not bundle.can_reference
             is_moving = self.states_hold_reference
-            self._base_digest = frozen_digest(self.bundle.model, reference, is_moving=is_moving)
-        return describe_run(self, self._base_digest)
+            self._fixed = Fixed(
+                frozen_digest(bundle.model, bundle.reference, is_moving=is_moving, is_source=is_source),
+                further_data_digest(self.train_dataset, self._mixed_in, is_computed=is_computed),
+                rewards_digest(self._rewarding),
+            )
+        return describe_run(self, self._fixed)
+
+    @property
+    def computes_reference(self) -> bool:
+        """Whether the reference's log-probabilities were computed before training."""
+        return False
 
     @property
     def states_hold_reference(self) -> bool:

@@ -1,0 +1,92 @@
+"""What another run would be: refused, each by its name, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from alignkit.errors import CheckpointError
+from alignkit.trainers.config import DPOConfig
+from alignkit.trainers.dpo import DPOTrainer
+from tests.model_factory import tiny_model
+from tests.ppo_factory import ppo_trainer, vowels
+from tests.resume.cases import EVALUATED, OPTIONS, TEXTS
+from tests.tiny_preferences import character_tokenizer, lora, text_rows
+
+
+def dpo(folder: Path, *, seed: int = 0, is_whole: bool = False, weight: float = 1.0, **options: Any) -> DPOTrainer:
+    """Two steps on four rows that carry weights."""
+    rows = [{**row, "weight": weight * (i + 1)} for i, row in enumerate(text_rows(4))]
+    return DPOTrainer(
+        tiny_model("llama", seed=seed),
+        args=DPOConfig(str(folder), **{**OPTIONS, "max_steps": 2, "per_device_train_batch_size": 2, **options}),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(text_rows(2, seed=5)),
+        processing_class=character_tokenizer(),
+        peft_config=None if is_whole else lora(),
+    )
+
+
+def refused(make: Any, before: dict[str, Any], now: dict[str, Any], folder: Path) -> str:
+    """Train a run, begin another in its folder, and return what is said; the run itself goes on."""
+    make(folder, **before).train()
+    with pytest.raises(CheckpointError, match="of another run") as caught:
+        make(folder, **now).train(resume_from_checkpoint=True)
+    make(folder, **before).train(resume_from_checkpoint=True)
+    return str(caught.value)
+
+
+def test_other_weights_of_rows(tmp_path: Path) -> None:
+    assert "a column of the training data" in refused(dpo, {}, {"weight": 2.0}, tmp_path)
+
+
+def test_rows_of_the_last_batch_that_are_left_out(tmp_path: Path) -> None:
+    assert "dataloader_drop_last" in refused(dpo, {}, {"dataloader_drop_last": True}, tmp_path)
+
+
+def test_another_way_to_batch(tmp_path: Path) -> None:
+    now = {"accelerator_config": {"split_batches": True}}
+    assert "accelerator_config changed" in refused(dpo, {}, now, tmp_path)
+
+
+def test_another_base_whose_log_probabilities_were_computed_before(tmp_path: Path) -> None:
+    """A model that is trained whole is its own reference, which checkpoints do not hold."""
+    whole = {
+        "is_whole": True,
+        "precompute_ref_log_probs": True,
+        "reference_cache_dir": str(tmp_path / "cache"),
+        "learning_rate": 1e-4,
+    }
+    assert "the base model changed" in refused(dpo, whole, {**whole, "seed": 3}, tmp_path / "run")
+
+
+def test_other_evaluations_where_they_set_the_learning_rate(tmp_path: Path) -> None:
+    plateau = {**EVALUATED, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    assert "eval_steps" in refused(dpo, plateau, {**plateau, "eval_steps": 2}, tmp_path)
+
+
+def ppo(folder: Path, *, answer: str = "a", text: str = "de", reward: Any = vowels, **options: Any) -> Any:
+    """Two steps over prompts with an answer that rewards may ask for."""
+    rows = [{"prompt": row["prompt"], "answer": answer} for row in text_rows(8)]
+    return ppo_trainer(
+        folder,
+        reward,
+        train_dataset=Dataset.from_list(rows),
+        ptx_dataset=[*TEXTS, {"prompt": "qq", "completion": text}],
+        **{**OPTIONS, "max_steps": 2, "ptx_coef": 0.1, **options},
+    )
+
+
+def length(completions: list[str], **columns: Any) -> list[float]:
+    """Another reward."""
+    return [float(len(text)) for text in completions]
+
+
+def test_other_answers_texts_and_rewards(tmp_path: Path) -> None:
+    said = refused(ppo, {}, {"answer": "b"}, tmp_path / "answers")
+    assert "a column of the training data" in said
+    assert "texts that are mixed in" in refused(ppo, {}, {"text": "zz"}, tmp_path / "texts")
+    assert "what rewards completions changed" in refused(ppo, {}, {"reward": length}, tmp_path / "rewards")
