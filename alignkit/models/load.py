@@ -44,6 +44,7 @@ from alignkit.models.source import (
     explain,
     hub_kwargs_of,
     locate,
+    locate_base,
 )
 from alignkit.models.tokenizer import load_tokenizer, with_pad_token
 
@@ -169,17 +170,14 @@ def load_model(
         source = Source(source.name, source.kwargs, gguf_file=gguf_file)
     if source.adapter is None:
         return _load_base(source, kwargs, device, trust_remote_code)
+    locate_base(source)
     base = load_model(
         source.base,
         trust_remote_code=trust_remote_code,
         model_init_kwargs={**kwargs, **source.base_kwargs},
         device=device,
     )
-    if isinstance(base, PeftModel):
-        raise ModelError(
-            f"The base of the adapter '{source.name}' is itself an adapter ('{source.base}'). Merge that one into its "
-            "base first (merge_and_unload, then save_pretrained)."
-        )
+    assert isinstance(base, PreTrainedModel)
     return continue_adapter(base, source.name, source.adapter, custom_modules=custom_modules, **hub_kwargs_of(source))
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "explain",
     "hub_kwargs_of",
     "locate",
+    "locate_base",
 ]
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
@@ -108,6 +109,21 @@ def locate(model: str | Path, kwargs: Mapping[str, Any]) -> Source:
     if _looks_local(model):
         raise ModelError(f"No such path: '{model}'.{_nearest_path(path)}")
     return _from_hub(str(model), dict(kwargs))
+
+
+def locate_base(source: Source) -> Source:
+    """Find out what the base of an adapter is.
+
+    Raises:
+        ModelError: none is recorded, nothing is there, or it is an adapter itself, which may lead back to this one.
+    """
+    base = locate(source.base, source.base_kwargs)
+    if base.adapter is not None:
+        raise ModelError(
+            f"The base of the adapter '{source.name}' is itself an adapter ('{source.base}'). Merge that one into its "
+            "base first (merge_and_unload, then save_pretrained)."
+        )
+    return base
 
 
 def check_whole_model(source: Source, *, trust_remote_code: bool = False, variant: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
-from alignkit.models.source import LOADING_ERRORS, Source, explain, locate
+from alignkit.models.source import LOADING_ERRORS, Source, explain, locate, locate_base
 from alignkit.models.untrusted.configs import check_config
 from alignkit.models.untrusted.folders import check_folder, check_tokenizer
 
@@ -77,8 +77,8 @@ def load_tokenizer(
     if revision is not None:
         hub_kwargs["revision"] = revision
     source = locate(model, hub_kwargs)
-    while source.adapter is not None and not _has_tokenizer(source):
-        source = locate(source.base, source.base_kwargs)
+    if source.adapter is not None and not _has_tokenizer(source):
+        source = locate_base(source)
     return with_pad_token(_from_pretrained(source, trust_remote_code))
 
 

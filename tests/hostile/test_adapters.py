@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.hub.export import export
 from alignkit.models.bundle import ModelBundle
-from alignkit.models.load import load_model
+from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.reward_adapter import add_reward_adapter
 from alignkit.models.reward_files import load_reward_model
 from tests.hostile.harness import (
@@ -151,6 +151,15 @@ def test_adapter_for_another_base_names_the_shapes(good: Path, tmp_path: Path):
     edit(folder / CONFIG, base_model_name_or_path=str(good / "wide"))
     text = refuse(lambda: load_model(folder, device=CPU))
     assert re.search(r"was trained on another one: 'model\.layers\.0\..*' is \d+ wide in the base, and \d+ in", text)
+
+
+@pytest.mark.parametrize("load", [lambda folder: load_model(folder, device=CPU), load_tokenizer], ids=["model", "text"])
+def test_adapter_that_is_its_own_base_is_no_endless_search(load: Any, good: Path, tmp_path: Path):
+    folder = copy_of(good / "adapter", tmp_path / "adapter")
+    for path in [*folder.glob("tokenizer*"), *folder.glob("*.jinja")]:
+        path.unlink()
+    edit(folder / CONFIG, base_model_name_or_path=str(folder))
+    assert "is itself an adapter" in refuse(lambda: load(folder))
 
 
 def test_good_adapter_loads_and_the_pickle_beside_it_is_let_lie(good: Path, tmp_path: Path):
