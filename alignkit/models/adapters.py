@@ -24,13 +24,16 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError, nearest
 from alignkit.models.heads import SCORE, has_head
-from alignkit.models.untrusted.adapters import check_fits, find_adapter
+from alignkit.models.untrusted.adapters import AdapterFiles, check_fits, find_adapter
 
 REFERENCE_ADAPTER = "reference"
 
 # The class of a layer to be wrapped -> a class or function that makes the LoRA layer around it, with PEFT's arguments;
 # a function may return None to leave the layer to PEFT.
 CustomModules = Mapping[type[nn.Module], Callable[..., nn.Module | None]]
+
+# What PEFT raises over an adapter that is not what its config says.
+MISFITS = (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ImportError, UserWarning)
 
 # Initialisations that move part of the base weights into the adapter.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -101,12 +104,41 @@ def continue_adapter(
     try:
         with peft_warnings():
             model = PeftModel.from_pretrained(base, str(files.folder), is_trainable=True, config=config)
-    except (ValueError, RuntimeError, OSError, UserWarning) as error:
-        raise ModelError(f"The adapter '{name}' cannot be put on its base: {str(error).splitlines()[0]}") from error
+    except MISFITS as error:
+        raise _misfit(name, error) from error
     keep_adapters_fp32(model)
     # Copies of base modules were created in the base's dtype, which rounded the saved fp32 weights: read them again.
     model.load_adapter(str(files.folder), "default", is_trainable=True)
     return model.train(base.training)
+
+
+def put_saved_adapter(
+    base: PreTrainedModel, files: AdapterFiles, name: str | Path, peft_config: PeftConfig
+) -> PeftModel:
+    """Load a saved adapter onto a base that serves nothing else, frozen, to be used as it was saved.
+
+    Raises:
+        ModelError: the adapter is of a kind that no trainer here makes, or its weights do not fit the base.
+    """
+    if peft_config.is_prompt_learning or peft_config.peft_type in (PeftType.XLORA, PeftType.POLY):
+        raise ModelError(
+            f"The adapter '{name}' is of the kind {_kind(peft_config)}, which is not loaded here. Give a LoRA adapter."
+        )
+    if isinstance(peft_config, LoraConfig) and peft_config.layer_replication:
+        raise ModelError(f"The adapter '{name}' repeats layers of its base (layer_replication): give the merged model.")
+    check_fits(files, base, name)
+    try:
+        with peft_warnings():
+            return PeftModel.from_pretrained(base, str(files.folder))
+    except MISFITS as error:
+        raise _misfit(name, error) from error
+
+
+def _misfit(name: str | Path, error: BaseException) -> ModelError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        f"The adapter '{name}' cannot be put on its base: {reason.rstrip('.')}. Fetch it again, or give another."
+    )
 
 
 def add_frozen_adapter(
@@ -142,12 +174,12 @@ def add_frozen_adapter(
         misfits = [*result.missing_keys, *result.unexpected_keys]
         if misfits:
             raise ValueError(f"{len(misfits)} weights do not match, such as {misfits[0]}")
-    except (ValueError, RuntimeError, OSError) as error:
+    except MISFITS as error:
         if name in model.peft_config:
             model.delete_adapter(name)
         raise ModelError(
             f"The adapter '{path}' does not fit this base, so it was trained on another one: "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"{(str(error).splitlines() or [type(error).__name__])[-1].strip()}"
         ) from error
     finally:
         for module in model.modules():

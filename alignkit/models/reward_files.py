@@ -15,13 +15,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import peft_warnings
+from alignkit.models.adapters import put_saved_adapter
 from alignkit.models.heads import SCORE, ScalarHead
 from alignkit.models.load import compute_dtype, training_device
 from alignkit.models.reward_adapter import find_reward_adapter
 from alignkit.models.source import LOADING_ERRORS, Source, check_whole_model, explain, hub_kwargs_of, locate
 from alignkit.models.tokenizer import load_tokenizer, with_distinct_pad_token
-from alignkit.models.untrusted.adapters import check_fits, find_adapter
+from alignkit.models.untrusted.adapters import find_adapter
 
 
 class RewardModel(NamedTuple):
@@ -73,12 +73,10 @@ def load_reward_model(
     else:
         base: Any = _classifier(locate(saved.source.base, {}), num_labels=saved.outputs, **settings)
         files = find_adapter(saved.source.name, **hub_kwargs_of(saved.source))
-        check_fits(files, base, folder)
         # The adapter copies this module: fp32, and cast to by itself, like the head that was trained.
         width = base.get_submodule(SCORE).weight.shape[1]
         base.add_module(SCORE, ScalarHead(width, saved.outputs).to(base.device))
-        with peft_warnings():
-            model = PeftModel.from_pretrained(base, str(files.folder))
+        model = put_saved_adapter(base, files, folder, saved.config)
     return RewardModel((model if quantization_config is not None else model.to(device)).eval(), tokenizer)
 
 

@@ -213,6 +213,44 @@ def test_every_loader_of_reward_adapters_refuses(loader: str, spoil: Any, good: 
     assert str(folder) in refuse(lambda: LOADERS[loader](folder, good))
 
 
+OF_OTHER_KINDS: dict[str, dict[str, Any]] = {
+    "virtual tokens": {"peft_type": "P_TUNING", "num_virtual_tokens": 10**9},
+    "a prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**9},
+    "a tokenizer elsewhere": {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": 4,
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x",
+        "tokenizer_name_or_path": "evil/code",
+    },
+    "adapters elsewhere": {"peft_type": "XLORA", "hidden_size": 8, "adapters": {"a": "/etc"}},
+    "other weights": {"peft_type": "LOKR", "target_modules": ["q_proj"]},
+    "a bank of vectors": {"peft_type": "VBLORA", "num_vectors": 2**62, "vector_length": 8, "target_modules": "q_proj"},
+    "layers without end": {
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "layer_replication": [[0, 2]] * 9,
+    },
+    "a library": {
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "megatron_config": {"a": 1},
+        "megatron_core": "evil_library",
+    },
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", OF_OTHER_KINDS)
+def test_reward_adapters_of_other_kinds_are_refused(kind: str, loader: str, good: Path, tmp_path: Path):
+    folder = copy_of(good / "reward", tmp_path / "adapter")
+    kept = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(good / "base")}
+    (folder / CONFIG).write_text(json.dumps(kept | OF_OTHER_KINDS[kind]))
+    refuse(lambda: LOADERS[loader](folder, good))
+
+
 def test_reward_adapter_cannot_change_the_base_that_it_is_put_on(good: Path, tmp_path: Path):
     folder = copy_of(good / "reward", tmp_path / "reward")
     edit(folder / CONFIG, base_model_name_or_path=str(good / "base"), init_lora_weights="pissa")
