@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path, *, may_lack: Collection[str] = ()) -> Manifest:
     """Check that `folder` holds exactly the files that its manifest names, byte for byte; return the manifest.
 
-    Files whose name begins with a dot are let be: nothing here reads them, and file managers make them.
+    What has a name that begins with a dot is let be: nothing here reads it, and file managers and notebooks make it.
 
     Args:
         folder: a checkpoint.
@@ -117,7 +117,7 @@ def verify(folder: Path, *, may_lack: Collection[str] = ()) -> Manifest:
 
 
 def _files(folder: Path) -> set[str]:
-    """Paths in `folder` of every file but the manifest and those that begin with a dot."""
+    """Paths in `folder` of every file but the manifest, and what lies under a name that begins with a dot."""
     found: set[str] = set()
     pending = [folder]
     while pending:
@@ -125,9 +125,11 @@ def _files(folder: Path) -> set[str]:
             for entry in entries:
                 if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                     raise CheckpointError(f"{entry.path} is a link or a special file, which no checkpoint holds")
+                if entry.name.startswith("."):
+                    continue
                 if entry.is_dir():
                     pending.append(Path(entry.path))
-                elif not entry.name.startswith("."):
+                else:
                     found.add(Path(entry.path).relative_to(folder).as_posix())
     return found - {MANIFEST}
 
