@@ -50,7 +50,8 @@ class SignalWatch:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # a program around Python's set it, and only that can set it again
+                    signal.signal(number, handler)
 
     @contextlib.contextmanager
     def protected(self) -> Iterator[None]:
