@@ -70,7 +70,7 @@ class ProgressDisplay(TrainerCallback):
             name = evaluated.removesuffix("_loss")
             shown = _shown({key.removeprefix(f"{name}_"): value for key, value in logs.items()})
             self._line(f"step {state.global_step}/{state.max_steps} | {name} | {' | '.join(shown)}")
-        elif "train_runtime" in logs:
+        elif "train_loss" in logs:
             seconds = _clock(logs["train_runtime"])
             self._line(f"trained {state.global_step} steps in {seconds}, mean loss {logs['train_loss']:.4f}")
         elif self._live is not None and self._training is not None:
