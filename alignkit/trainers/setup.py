@@ -212,6 +212,11 @@ def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
         raise ConfigError(f"args must be a {kind.__name__}, not a {type(args).__name__}")
     args = copy.copy(args)
     config: Any = copy.copy(args.accelerator_config)
+    if not config.use_seedable_sampler:
+        raise ConfigError(
+            "accelerator_config: use_seedable_sampler=False draws an epoch's order from what random numbers were used "
+            "before, which no resumed run could draw again. Leave it True."
+        )
     config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
     args.accelerator_config = config
     if args.should_save:
