@@ -197,6 +197,8 @@ def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
         if old.get(name) == new.get(name) or (_is_harmless(name) and not (evaluated and name in _OF_EVALUATION)):
             continue
         sentence = f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        if name == "ignore_data_skip":
+            continue
         if name in _ROUNDING or (name in _LENGTH and not scheduled):
             told.append(sentence)
         else:
@@ -204,6 +206,8 @@ def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     for name in ("evaluation_data", "versions", "device"):
         if saved.get(name) != now[name]:
             (broken if evaluated and name == "evaluation_data" else told).append(f"{name.replace('_', ' ')} changed")
+    if new.get("ignore_data_skip"):
+        told.append("ignore_data_skip=True begins the epoch anew, so that some rows are seen twice and others not")
     if now["train_data"] is None:
         logger.warning("The training data are a stream: nobody can tell whether they are those of %s.", folder)
     if broken:
