@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -58,6 +61,7 @@ class KeepsCheckpoints(SavesWhole):
     _loaded: tuple[str, dict[str, Any]] | None
     _random_after_rest: tuple[Any, ...] | None
     _is_in_step: bool
+    _rest_before: Rest
 
     def begin_checkpoints(
         self,
@@ -82,7 +86,7 @@ class KeepsCheckpoints(SavesWhole):
         for name, stateful in running.items():
             self.states.register_running(name, stateful)
         self.boundary = self._resumable = self._loaded = self._random_after_rest = None
-        self.is_scheduled, self._is_in_step = True, False
+        self.is_scheduled, self._is_in_step, self._rest_before = True, False, Rest()
         self._signals = SignalWatch(raises_at_once=self.accelerator.num_processes == 1)
         self.add_callback(KeepBoundaries(self))
 
@@ -141,6 +145,7 @@ class KeepsCheckpoints(SavesWhole):
         self.register_callbacks()
         self._watch_outsiders()
         self.boundary = self._resumable = self._loaded = self._saved = None
+        self.is_scheduled = True  # an earlier training may have been stopped by a signal
         if self.is_world_process_zero():
             tidy(output_dir)
         weights_only: bool = args.weights_only_resume
@@ -191,6 +196,7 @@ class KeepsCheckpoints(SavesWhole):
             self._tr_loss += saved["loss"].to(self._tr_loss)
             self._total_loss_scalar, self._globalstep_last_logged = saved["total_loss"], saved["last_logged_step"]
             self._initial_global_step = saved["first_step"]
+            self.state.compute_steps(self.args, self.state.max_steps)  # Trainer keeps the intervals of the run before
             with as_checkpoint_errors(Path(folder)):
                 super()._load_rng_state(folder)
             self.place_best(Path(str(self.args.output_dir)))
@@ -236,7 +242,8 @@ class KeepsCheckpoints(SavesWhole):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         grad_norm, rate = args[1], kwargs.get("learning_rate")
-        self._resumable = Boundary.take(self), Rest.of(self.control, grad_norm, rate, in_step=self._is_in_step)
+        self._rest_before = Rest.of(self.control, grad_norm, rate, in_step=self._is_in_step)
+        self._resumable = Boundary.take(self), self._rest_before
         self._signals.release()
         if self.args.save_strategy != "no" and (self.control.should_save or self.state.global_step <= LOOKED_AT_STEPS):
             self._outsiders.check()
@@ -247,9 +254,9 @@ class KeepsCheckpoints(SavesWhole):
     def _rest(self) -> Rest:
         """What the run owes once the step is logged, evaluated and saved: the end of its epoch, if it has come."""
         found = Rest(is_stopped=self.control.should_training_stop)
-        if not (self._is_in_step and self._epoch_ends() and self._resumable):
+        if not (self._is_in_step and self._epoch_ends()):
             return found
-        before = self._resumable[1]
+        before = self._rest_before
         return replace(found, in_step=True, grad_norm=before.grad_norm, learning_rate=before.learning_rate)
 
     def _agree_to_stop(self) -> None:
@@ -260,6 +267,21 @@ class KeepsCheckpoints(SavesWhole):
         count: Any = torch.tensor(int(received is not None), device=self.args.device)
         if bool(self.accelerator.reduce(count, reduction="sum")):
             raise Interrupted(received or signal.SIGTERM)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step:  # `eval_on_start`, and a resumed run has started long ago
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: Any, trial: Any
+    ) -> tuple[int, int]:
+        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        if self._loaded is None or not isinstance(self.train_dataset, IterableDataset):
+            return found
+        # Trainer takes a stream for one epoch of `max_steps`. It may have begun anew several times, in other orders.
+        epoch, batches = self.state.epoch or 0.0, self._loaded[1]["max_steps"] * self.args.gradient_accumulation_steps
+        return int(epoch), round(epoch % 1 * batches)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # else a resumed run that had ended already
@@ -276,6 +298,8 @@ class KeepsCheckpoints(SavesWhole):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             logger.warning("weights_only_resume: optimizer, random numbers and logging windows begin anew.")
+            if isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+                return  # it follows evaluations, which begin anew too
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 for _ in range(self.state.global_step):  # the schedule alone is a function of the step
@@ -289,8 +313,17 @@ class KeepsCheckpoints(SavesWhole):
         best = Path(str(self.state.best_model_checkpoint))
         if best.is_dir():
             check_weights(best)
+        self._resumable = None  # weights are no longer those of the last step: a signal finds what was saved before
         with as_checkpoint_errors(best):
             super()._load_best_model()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # With a limit of 1, Trainer would remove every checkpoint but the best: the newest, and those that others made.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if not self.args.weights_only_resume:
@@ -301,7 +334,9 @@ class KeepsCheckpoints(SavesWhole):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         with self._signals.protected():
-            target = self._write_checkpoint(run_dir, self._rest())
+            rest = self._rest()
+            target = self._write_checkpoint(run_dir, rest)
+            self._resumable = Boundary.take(self), rest  # what came before it is not made up for a second time
         if self.args.push_to_hub and self.is_scheduled:
             self._push_from_checkpoint(str(target))
 
