@@ -43,6 +43,8 @@ OPTIONS: dict[str, Any] = {
     "max_tokens_per_forward": None,
     "use_cpu": True,
 }
+CLOCKS = ("per_second", "memory", "time")
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory")
 POISON = 126  # a token that only poisoned rows have: '~'
 
 
@@ -246,3 +248,8 @@ class FakeMemory:
         if active and held > self.limit:
             self.failures.append(held)
             raise self.error
+
+
+def messages(caplog: Any) -> list[str]:
+    """What was logged about memory."""
+    return [each.getMessage() for each in caplog.records if "out of memory" in each.getMessage()]
