@@ -103,13 +103,24 @@ class FiniteGuard:
         for quantity in QUANTITIES:
             seen = [look.is_bad[quantity].flatten() for look in self.looks if quantity in look.is_bad]
             flags.append(torch.cat(seen).any() if seen else torch.zeros((), dtype=torch.bool))
-        # A gradient scaler meets infinite gradients all the time: it skips their step itself, and lowers its scale.
-        if self.norm is not None and accelerator.scaler is None:
+        if self.norm is not None:
             norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else torch.as_tensor(self.norm)
-            flags[-1] = ~torch.isfinite(norm)
+            flags[-1] = ~torch.isfinite(norm) & self._is_telling(norm.device)
         mine: Any = torch.stack([flag.to(accelerator.device, torch.int32) for flag in flags])
         counts: Any = accelerator.reduce(mine, reduction="sum")
         return [quantity for quantity, count in zip(QUANTITIES, counts.tolist(), strict=True) if count]
+
+    def _is_telling(self, device: torch.device) -> Tensor:
+        """Whether an infinite gradient norm means anything, `()`.
+
+        A gradient scaler meets infinite gradients all the time: it skips their step itself, and lowers its scale. Where
+        the scale is no more than 1, it was not the scale that made them infinite, and it would go on for ever.
+        """
+        scaler: Any = self.accelerator.scaler
+        if scaler is None:
+            return torch.ones((), dtype=torch.bool, device=device)
+        scale = scaler._get_scale_async()  # get_scale() would wait for the device; None before the first loss
+        return torch.tensor(False, device=device) if scale is None else (scale <= 1).to(device).reshape(())
 
     def bad_rows(self) -> list[int]:
         """Rows of all processes that bad numbers came from; where none can be told apart, all rows of the step."""

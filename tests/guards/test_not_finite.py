@@ -25,6 +25,7 @@ from tests.guards.guarded_runs import (
     spoil_loss,
     training_log,
 )
+from tests.ppo_factory import scaling_on_a_cpu
 from tests.tiny_preferences import adapter_weights
 
 BAD = [math.nan, math.inf]
@@ -59,6 +60,16 @@ def test_a_bad_step_moves_nothing(kind: str, where: str, value: float, tmp_path:
     named = "loss and gradient norm are" if where == "loss" else "gradient norm is"
     assert warning.startswith(f"step 2 is left out: {named} not finite (rows ")
     assert warning.endswith("No weight has moved. That is number 1 of the 3 that max_skipped_steps allows.")
+
+
+def test_gradients_that_no_scale_makes_finite_are_no_secret(tmp_path: Path) -> None:
+    """A gradient scaler skips steps in silence; once its scale cannot be the reason, they are counted and named."""
+    with scaling_on_a_cpu():
+        trainer = make_trainer("dpo", tmp_path, max_steps=40, max_skipped_steps=2)
+        poison_gradient(trainer, lambda: True, math.nan)
+        with pytest.raises(TrainingError, match=r"3 bad steps, .*gradient norm is not finite \(rows 0, "):
+            trainer.train()
+    assert trainer.accelerator.scaler.get_scale() <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
