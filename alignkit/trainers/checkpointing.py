@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from alignkit.checkpoint.atomic import tidy
 from alignkit.checkpoint.contents import as_checkpoint_errors, check_contents, check_weights
@@ -38,6 +37,7 @@ from alignkit.trainers.outsiders import Outsiders
 from alignkit.trainers.resuming import agreed, compare_runs, find_checkpoint, is_weights_only
 from alignkit.trainers.saving import SavesWhole
 from alignkit.trainers.signals import EXIT_RESUMABLE, Interrupted, SignalWatch
+from alignkit.trainers.stream_place import StreamPlace
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class KeepsCheckpoints(SavesWhole):
     _random_after_rest: tuple[Any, ...] | None
     _is_in_step: bool
     _rest_before: Rest
+    _place: StreamPlace | None
 
     def begin_checkpoints(
         self,
@@ -85,6 +86,9 @@ class KeepsCheckpoints(SavesWhole):
             self.states.register(name, stateful)
         for name, stateful in running.items():
             self.states.register_running(name, stateful)
+        self._place = None if has_length(self.train_dataset) else StreamPlace()
+        if self._place is not None:
+            self.states.register("stream", self._place)
         self.boundary = self._resumable = self._loaded = self._random_after_rest = None
         self.is_scheduled, self._is_in_step, self._rest_before = True, False, Rest()
         self._signals = SignalWatch(raises_at_once=self.accelerator.num_processes == 1)
@@ -273,19 +277,14 @@ class KeepsCheckpoints(SavesWhole):
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: Any, trial: Any
-    ) -> tuple[int, int]:
-        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
-        if self._loaded is None or not isinstance(self.train_dataset, IterableDataset):
-            return found
-        # Trainer takes a stream for one epoch of `max_steps`. It may have begun anew several times, in other orders.
-        epoch, batches = self.state.epoch or 0.0, self._loaded[1]["max_steps"] * self.args.gradient_accumulation_steps
-        return int(epoch), round(epoch % 1 * batches)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # else a resumed run that had ended already
-            super()._run_epoch(*args, **kwargs)
+        if self.control.should_training_stop:  # a resumed run that had ended already
+            return
+        if self._place is not None:
+            is_known = kwargs["resume_from_checkpoint"] is not None and not self.args.weights_only_resume
+            accumulation = self.args.gradient_accumulation_steps
+            kwargs = self._place.enter(kwargs, self.state.global_step, accumulation, is_known=is_known)
+        super()._run_epoch(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._random_after_rest is not None:

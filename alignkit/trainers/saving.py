@@ -22,6 +22,7 @@ from alignkit.checkpoint.space import SMALL_FILES_BYTES, free_bytes, require_spa
 from alignkit.checkpoint.states import States, write_states
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.trainers.boundary_callback import Rest
+from alignkit.trainers.guards import check_finite
 from alignkit.trainers.recording import save_description
 from alignkit.trainers.resuming import Fixed, describe_run, frozen_digest, further_data_digest, rewards_digest
 
@@ -72,6 +73,7 @@ class SavesWhole(_Base):
                 require_space(target.parent, self._checkpoint_bytes(), f"checkpoint-{step}")
                 staged.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
+            check_finite(self.model)
             self._fill(staged, target, rest)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

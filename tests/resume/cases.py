@@ -46,6 +46,7 @@ def preference_run(
     *,
     is_whole: bool = False,
     is_unpaired: bool = False,
+    is_stream: bool = False,
     callbacks: Callable[[], list[Any]] = list,
     **options: Any,
 ) -> Trainer:
@@ -55,6 +56,7 @@ def preference_run(
         folder: where it writes.
         is_whole: train the model itself.
         is_unpaired: rows of one completion and a label.
+        is_stream: read the rows as a stream, which has no length.
         callbacks: makes further ones.
         **options: of the configuration.
     """
@@ -64,10 +66,11 @@ def preference_run(
             {"prompt": row["prompt"], "completion": row[("chosen", "rejected")[i % 2]], "label": i % 2 == 0}
             for i, row in enumerate(rows)
         ]
+    data: Any = Dataset.from_list(rows)
     trainer = DPOTrainer(
         tiny_model("llama"),
         args=DPOConfig(str(folder), **{**OPTIONS, "disable_dropout": False, "beta": 0.5, **options}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.to_iterable_dataset() if is_stream else data,
         eval_dataset=Dataset.from_list(rows[:4]),
         processing_class=character_tokenizer(),
         peft_config=None if is_whole else DROPOUT,
@@ -169,6 +172,10 @@ PREFERENCE: dict[str, Case] = {
     "logged by epoch": Case(preference_run, {"logging_strategy": "epoch", "logging_steps": 10, "save_total_limit": 3}),
     "pieces": Case(preference_run, {"max_tokens_per_forward": 40, "loss_type": "bco_pair"}),
     "adafactor": Case(preference_run, {"optim": "adafactor"}),
+    "stream": Case(preference_run, {"is_stream": True, "max_steps": 8}),
+    "saved by epoch": Case(preference_run, {"save_strategy": "epoch", "save_steps": 500, "num_train_epochs": 3}),
+    "last left out": Case(preference_run, {"dataloader_drop_last": True, "train_sampling_strategy": "sequential"}),
+    "fraction of an epoch": Case(preference_run, {"num_train_epochs": 1.5, "lr_scheduler_type": "linear"}),
     "scaled gradients": Case(preference_run, {}, scaling_on_a_cpu),
     "rewards": Case(reward_run, EVALUATED),
     "rewards, best at the end": Case(reward_run, {**BEST, "save_total_limit": 1}),
