@@ -149,7 +149,8 @@ def test_a_stale_part_of_a_ppo_checkpoint_shows(folder: Path) -> None:
 )
 def test_a_stale_part_of_any_checkpoint_shows(name: str, folder: Path) -> None:
     parts = check_controls(CASES[name], folder, 1, 1, 2)
-    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= parts
+    drawn = set() if name == "synced model" else {"rng_state.pth"}  # without adapters there is no dropout
+    assert {"optimizer.pt", "scheduler.pt", *drawn} <= parts
 
 
 def test_another_order_of_the_rows_shows(folder: Path) -> None:
