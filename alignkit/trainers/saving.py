@@ -73,13 +73,16 @@ class SavesWhole(_Base):
                 require_space(target.parent, self._checkpoint_bytes(), f"checkpoint-{step}")
                 staged.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            check_finite(self.model)
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which hold parts of weights
+                check_finite(self.bundle.model)
             self._fill(staged, target, rest)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 run = {**self._description(), "is_scheduled": self.is_scheduled}
                 seal(staged, sequence=next_sequence(target.parent), step=step, run=run)
                 put_in_place(target)
+        except AlignkitError:
+            raise
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._failed(target, error) from error
         finally:
@@ -173,10 +176,8 @@ class SavesWhole(_Base):
         moments = 0 if self.args.save_only_model else 8 * sum(parameter.numel() for parameter in trained)
         return weights + moments + SMALL_FILES_BYTES
 
-    def _failed(self, target: Path, error: Exception) -> AlignkitError:
+    def _failed(self, target: Path, error: Exception) -> CheckpointError:
         """What went wrong, what is missing, and what is left."""
-        if isinstance(error, AlignkitError):
-            return error
         left = newest_verified(target.parent).folder
         free, needed = free_bytes(target.parent), self._checkpoint_bytes()
         missing = f"{size(needed - free)} are missing" if free < needed else f"{size(free)} are free"
