@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.harness import effort, try_all
-from tests.invariants.test_equalities import COUPLED, SEPARABLE, assert_same_run, rows_for, steps
+from tests.invariants.test_equalities import COUPLED, SEPARABLE, logged, rows_for, steps
+from tests.tiny_preferences import assert_close_tensors
 
 LOSSES = SEPARABLE | COUPLED
+RTOL = 3e-5  # two rows of opposite signs leave little of what was rounded
 
 
 @effort(4, 40)
@@ -32,7 +35,11 @@ def test_a_step_in_any_pieces_is_one_step(examples: int, tally: Counter[str], tm
                 "max_tokens_per_forward": bound,
                 "layout": layout,
             }
-            assert_same_run(steps(Path(name), {**options, **pieces}, rows=rows), whole)
+            found = steps(Path(name), {**options, **pieces}, rows=rows)
+        for gradients, wanted in zip(found[0], whole[0], strict=True):
+            assert_close_tensors(gradients, wanted, rtol=RTOL)
+        for entry, wanted in zip(logged(found[1]), logged(whole[1]), strict=True):
+            assert entry == pytest.approx(wanted, rel=RTOL, abs=1e-6)
         tally[loss] += 1
 
     try_all(
