@@ -145,14 +145,14 @@ def _rows(still: Still) -> Dataset:
     return Dataset.from_list(list(rows()))
 
 
-def _dpo(folder: Path, still: Still) -> DPOTrainer:
+def _pairs(kind: Any, config: Any, folder: Path, still: Still, **options: Any) -> Any:
+    """A trainer on preference pairs."""
     model = tiny_model("llama")
     if still.phase == "reference caching":
         model.register_forward_pre_hook(lambda *_: still.here("reference caching"))
-    options = {**OPTIONS, "precompute_ref_log_probs": True, "reference_cache_dir": str(folder / "cache")}
-    trainer = DPOTrainer(
+    trainer = kind(
         model,
-        args=DPOConfig(str(folder), **options),
+        args=config(str(folder), **OPTIONS, **options),
         train_dataset=_rows(still),
         eval_dataset=Dataset.from_list(token_rows(4, seed=3)),
         processing_class=_tokenizer(still),
@@ -161,21 +161,15 @@ def _dpo(folder: Path, still: Still) -> DPOTrainer:
     )
     _watch_forward(model, still, trainer)
     return trainer
+
+
+def _dpo(folder: Path, still: Still) -> DPOTrainer:
+    cache = {"precompute_ref_log_probs": True, "reference_cache_dir": str(folder / "cache")}
+    return _pairs(DPOTrainer, DPOConfig, folder, still, **cache)
 
 
 def _reward(folder: Path, still: Still) -> RewardTrainer:
-    model = tiny_model("llama")
-    trainer = RewardTrainer(
-        model,
-        args=RewardConfig(str(folder), **OPTIONS),
-        train_dataset=_rows(still),
-        eval_dataset=Dataset.from_list(token_rows(4, seed=3)),
-        processing_class=_tokenizer(still),
-        peft_config=lora(lora_dropout=0.1),
-        callbacks=[Phases(still)],
-    )
-    _watch_forward(model, still, trainer)
-    return trainer
+    return _pairs(RewardTrainer, RewardConfig, folder, still)
 
 
 def _ppo(folder: Path, still: Still) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified
 from alignkit.trainers.signals import EXIT_RESUMABLE
+from tests.crash.compare import differences
 from tests.signals import run as runs
 
 LAST = f"checkpoint-{runs.LAST_STEP}"
-CLOCK = ("_per_second", "runtime", "peak_memory_bytes")
 SECONDS = 60
 
 
@@ -68,25 +65,6 @@ def interrupt(processes: Any, method: str, folder: Path, phase: str, *numbers: i
     return process.exitcode, time.monotonic() - started
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """What a run has come to: weights, optimizer, log."""
-    state = json.loads((folder / "trainer_state.json").read_text())
-    log = [{key: value for key, value in entry.items() if not any(part in key for part in CLOCK)}
-           for entry in state["log_history"]]  # fmt: skip
-    weights = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("adapter_model.safetensors")}
-    return {"log": log, "weights": weights, "optimizer": torch.load(folder / "optimizer.pt", weights_only=True)}
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
-
-
 @pytest.fixture(scope="module")
 def undisturbed(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
@@ -133,7 +111,7 @@ def test_a_signal_in_training_loses_nothing(
     if (method, phase) in STEPS:
         assert kept.folder.name == f"checkpoint-{STEPS[method, phase]}"
     assert finish(processes, method, folder) == 0
-    assert same(content(folder / LAST), content(undisturbed[method] / LAST))
+    assert differences(folder / LAST, undisturbed[method] / LAST) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -152,7 +130,7 @@ def test_a_signal_before_training_leaves_what_was_there(
     assert seconds < 20
     assert {path: path.read_bytes() for path in before} == before
     assert finish(processes, "dpo", folder) == 0
-    assert same(content(folder / LAST), content(undisturbed["dpo"] / LAST))
+    assert differences(folder / LAST, undisturbed["dpo"] / LAST) == []
 
 
 def test_a_second_sigint_stops_at_once(processes: Any, tmp_path: Path):
@@ -164,4 +142,4 @@ def test_a_second_sigint_stops_at_once(processes: Any, tmp_path: Path):
 
 def test_another_run_would_be_seen(processes: Any, undisturbed: dict[str, Path], tmp_path: Path):
     assert finish(processes, "reward", tmp_path / "run") == 0
-    assert not same(content(tmp_path / "run" / LAST), content(undisturbed["dpo"] / LAST))
+    assert differences(tmp_path / "run" / LAST, undisturbed["dpo"] / LAST) != []
