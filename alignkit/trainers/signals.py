@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from torch.utils.data import get_worker_info
 
 # EX_TEMPFAIL of sysexits.h, "try again": a run that leaves with it loses nothing when it is resumed.
 EXIT_RESUMABLE = 75
@@ -37,11 +40,12 @@ class SignalWatch:
         self.raises_at_once = raises_at_once
         self.received: int | None = None
         self._depth = 0
+        self._process = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals during the block; outside the main thread, which no signal reaches, do nothing."""
-        self.received, self._depth = None, 0
+        self.received, self._depth, self._process = None, 0, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -82,6 +86,9 @@ class SignalWatch:
             raise Interrupted(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            _handle_in_child(number)
+            return
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt("interrupted twice: stopped at once, nothing more was saved")
@@ -90,3 +97,15 @@ class SignalWatch:
             self.received = number
             if first:
                 self.check()
+
+
+def _handle_in_child(number: int) -> None:
+    """A forked process has our handler too, and Ctrl-C reaches the whole group.
+
+    A data worker waits for the process that reads from it to end it: one that dies raises an error there, which would
+    stop the save.
+    """
+    if number == signal.SIGINT and get_worker_info() is None:
+        raise KeyboardInterrupt
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,15 @@ def test_a_second_sigint_stops_at_once(processes: Any, tmp_path: Path):
 def test_another_run_would_be_seen(processes: Any, undisturbed: dict[str, Path], tmp_path: Path):
     assert finish(processes, "reward", tmp_path / "run") == 0
     assert differences(tmp_path / "run" / LAST, undisturbed["dpo"] / LAST) != []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_data_workers_too(name: str, tmp_path: Path) -> None:
+    """Ctrl-C reaches a whole group of processes. A worker that died of it would stop the save."""
+    command = [sys.executable, "-m", "tests.signals.group", str(tmp_path / "run"), name]
+    found = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=3 * SECONDS)
+    assert found.returncode == EXIT_RESUMABLE, found.stderr
+    assert "Traceback" not in found.stderr
+    folder = newest_verified(tmp_path / "run").folder
+    assert folder is not None
+    assert folder.name == "checkpoint-3"
