@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +55,25 @@ def next_sequence(output_dir: Path) -> int:
     return 1 + max((manifest.sequence for _, manifest in sealed), default=0)
 
 
-def unscheduled(output_dir: Path) -> list[Path]:
-    """Checkpoints that a run made for itself, between those that its user asked for."""
-    return [folder for folder, manifest in _sealed(output_dir)[0] if manifest.run.get("is_scheduled") is False]
+def unscheduled(output_dir: Path, others: Collection[int] = ()) -> list[Path]:
+    """Checkpoints that a run made for itself, between those that its user asked for.
+
+    Args:
+        output_dir: where they lie.
+        others: numbers of saves that were another run's.
+    """
+    return [
+        folder
+        for folder, manifest in _sealed(output_dir)[0]
+        if manifest.run.get("is_scheduled") is False and manifest.sequence not in others
+    ]
+
+
+def saves_after(output_dir: Path, folder: Path | None) -> set[int]:
+    """Numbers of the saves that a run which goes on from `folder` has no part in; all of them, if it starts anew."""
+    sealed, _ = _sealed(output_dir)
+    known = [manifest.sequence for each, manifest in sealed if folder and each.resolve() == folder.resolve()]
+    return {manifest.sequence for _, manifest in sealed if manifest.sequence > max(known, default=-1)}
 
 
 def rotate(output_dir: Path, limit: int | None, keep: tuple[Path, ...]) -> None:

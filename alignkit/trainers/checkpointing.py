@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from alignkit.checkpoint.atomic import tidy
 from alignkit.checkpoint.contents import as_checkpoint_errors, check_contents, check_weights
-from alignkit.checkpoint.find import checkpoint_folders, newest_verified
+from alignkit.checkpoint.find import checkpoint_folders, newest_verified, saves_after
 from alignkit.checkpoint.lock import sole_writer
 from alignkit.checkpoint.manifest import read_manifest
 from alignkit.checkpoint.space import require_space
@@ -157,6 +157,7 @@ class KeepsCheckpoints(SavesWhole):
         folder = agreed(
             lambda: find_checkpoint(asked, output_dir, weights_only=weights_only), self.is_world_process_zero()
         )
+        self._others = saves_after(output_dir, folder)
         if folder is None and checkpoint_folders(output_dir) and args.save_strategy != "no":
             logger.warning(
                 "%s holds checkpoints of an earlier run, which save_total_limit counts. To go on with that run, set "

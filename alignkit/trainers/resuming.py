@@ -33,6 +33,7 @@ _PARTS = {
     "base": "the base model",
     "adapter": "the adapter",
     "rewards": "what rewards completions",
+    "optimizer": "the optimizer or the schedule that the caller made",
     "batching": "accelerator_config",
 }
 # Columns that the record hashes, or that only name rows; and those that a run computes itself.
@@ -227,11 +228,13 @@ class Fixed(NamedTuple):
         base: of `frozen_digest`.
         data: of `further_data_digest`.
         rewards: of the models that reward completions.
+        optimizer: of `describe_optimizer`.
     """
 
     base: str
     data: str
     rewards: str
+    optimizer: str
 
 
 def describe_run(trainer: Any, fixed: Fixed) -> dict[str, Any]:
@@ -256,6 +259,7 @@ def describe_run(trainer: Any, fixed: Fixed) -> dict[str, Any]:
         "base": fixed.base,
         "adapter": adapter,
         "rewards": [*record.reward, fixed.rewards],
+        "optimizer": fixed.optimizer,
         "batching": str(trainer.args.accelerator_config.to_dict()),
         "settings": record.settings,
         "versions": record.versions,
@@ -280,6 +284,18 @@ def further_data_digest(rows: Any, texts: Any, *, is_computed: bool) -> str:
         for row in dataset.select_columns(columns).with_format(None) if columns else ():
             digest.update(repr(_in_order(row)).encode())
     return digest.hexdigest()
+
+
+def describe_optimizer(optimizer: Any, scheduler: Any, asked: Any) -> str:
+    """Classes and defaults of what the caller made; what the options say is among the settings.
+
+    Args:
+        optimizer, scheduler: `None` where the trainer makes them.
+        asked: class and arguments of an optimizer, or `None`.
+    """
+    made = [] if optimizer is None else [type(optimizer).__name__, sorted(optimizer.defaults.items())]
+    made += [] if scheduler is None else [type(scheduler).__name__]
+    return str([*made, *([] if asked is None else [asked[0].__name__, sorted(asked[1].items())])])
 
 
 def rewards_digest(sources: Sequence[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,14 @@ from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.trainers.boundary_callback import Rest
 from alignkit.trainers.guards import check_finite
 from alignkit.trainers.recording import save_description
-from alignkit.trainers.resuming import Fixed, describe_run, frozen_digest, further_data_digest, rewards_digest
+from alignkit.trainers.resuming import (
+    Fixed,
+    describe_optimizer,
+    describe_run,
+    frozen_digest,
+    further_data_digest,
+    rewards_digest,
+)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -51,6 +58,7 @@ class SavesWhole(_Base):
     record: Any
     is_scheduled: bool
     _staging: Path | None = None
+    _others: Collection[int] = ()  # saves in the output directory that another run made
     _fixed: Fixed | None = None
     _rewarding: Sequence[Any] = ()
     _mixed_in: Any = None
@@ -149,7 +157,7 @@ class SavesWhole(_Base):
         """Remove what the limits say, now that `target` is there and right."""
         output_dir = target.parent
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        spare = [folder for folder in unscheduled(output_dir) if folder != target]
+        spare = [folder for folder in unscheduled(output_dir, self._others) if folder != target]
         if not spare and (limit is None or len(checkpoint_folders(output_dir)) <= limit):
             return
         try:
@@ -225,6 +233,7 @@ class SavesWhole(_Base):
                 frozen_digest(bundle.model, bundle.reference, is_moving=is_moving, is_source=is_source),
                 further_data_digest(self.train_dataset, self._mixed_in, is_computed=is_computed),
                 rewards_digest(self._rewarding),
+                describe_optimizer(self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs),
             )
         return describe_run(self, self._fixed)
 

@@ -101,6 +101,15 @@ def test_a_trainer_that_goes_on_after_a_signal_keeps_what_it_is_told_to_keep(tmp
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
 
 
+def test_what_a_signal_saved_of_an_earlier_run_stays(tmp_path: Path) -> None:
+    """Started anew by mistake, a run does not take the only checkpoint of the one before for its own."""
+    stopped = run(tmp_path, callbacks=lambda: [SignalAt("step", 3)], save_steps=100)
+    with pytest.raises(SystemExit, match=str(EXIT_RESUMABLE)):
+        stopped.train()
+    run(tmp_path, max_steps=2).train()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
 def test_a_signal_after_the_best_model_came_back_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """Its weights are those of the last step, not of the best one."""
     worse = {**BEST, "greater_is_better": True, "callbacks": list}  # the first one is the best

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from alignkit.errors import CheckpointError
@@ -90,3 +91,21 @@ def test_other_answers_texts_and_rewards(tmp_path: Path) -> None:
     assert "a column of the training data" in said
     assert "texts that are mixed in" in refused(ppo, {}, {"text": "zz"}, tmp_path / "texts")
     assert "what rewards completions changed" in refused(ppo, {}, {"reward": length}, tmp_path / "rewards")
+
+
+def with_optimizer(folder: Path, *, kind: Any = torch.optim.Adam, rate: float = 1e-3) -> DPOTrainer:
+    """A whole model, and an optimizer of the caller's."""
+    model = tiny_model("llama")
+    return DPOTrainer(
+        model,
+        args=DPOConfig(str(folder), **{**OPTIONS, "max_steps": 2, "per_device_train_batch_size": 2}),
+        train_dataset=Dataset.from_list(text_rows(4)),
+        processing_class=character_tokenizer(),
+        optimizers=(kind(model.parameters(), lr=rate), None),
+    )
+
+
+def test_another_optimizer_of_the_callers(tmp_path: Path) -> None:
+    said = refused(with_optimizer, {}, {"kind": torch.optim.AdamW}, tmp_path / "kind")
+    assert "the optimizer or the schedule that the caller made changed" in said
+    refused(with_optimizer, {}, {"rate": 1e-2}, tmp_path / "rate")
