@@ -12,6 +12,7 @@ from alignkit.errors import ModelError
 from alignkit.models.source import LOADING_ERRORS, Source, explain, locate, locate_base
 from alignkit.models.untrusted.configs import check_config
 from alignkit.models.untrusted.folders import check_folder, check_tokenizer
+from alignkit.models.untrusted.templates import check_template
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -110,12 +111,16 @@ def _from_pretrained(source: Source, trust_remote_code: bool) -> PreTrainedToken
     else:
         _check_hub_config(source)
     try:
-        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **kwargs)
     except (*LOADING_ERRORS, RecursionError) as error:
         raise ModelError(
             f"No tokenizer could be loaded from '{source.name}': {explain(error, source.name)} "
             "If the tokenizer lives elsewhere, load it yourself and pass it as processing_class."
         ) from error
+    templates: Any = tokenizer.chat_template or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        check_template(template, source.name)
+    return tokenizer
 
 
 def _check_hub_config(source: Source) -> None:

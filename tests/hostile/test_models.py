@@ -327,3 +327,29 @@ def test_template_that_reaches_for_the_system_does_not_get_there(good: Path, tmp
     tokenizer = load_tokenizer(folder)
     raised = attempt(lambda: tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False))
     assert isinstance(raised, SecurityError)
+
+
+ENDLESS = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "a power of a power": "{{ 10 ** (10 ** 10) }}",
+    "a long text": "{{ 'a' * 10 ** 11 }}",
+    "a wide text": "{{ ('x' | center(10 ** 11)) }}",
+    "calls that branch": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_template_that_does_not_end_is_refused(name: str, good: Path, tmp_path: Path):
+    folder = copy_of(good / "base", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(ENDLESS[name])
+    assert "does not end within 3 s" in refuse(lambda: load_tokenizer(folder))
+
+
+def test_templates_with_marks_for_training_and_without_a_system_load(good: Path, tmp_path: Path):
+    folder = copy_of(good / "base", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert attempt(lambda: load_tokenizer(folder)) is None
