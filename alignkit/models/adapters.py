@@ -135,7 +135,8 @@ def put_saved_adapter(
 
 
 def _misfit(name: str | Path, error: BaseException) -> ModelError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # torch lists what does not fit below
     return ModelError(
         f"The adapter '{name}' cannot be put on its base: {reason.rstrip('.')}. Fetch it again, or give another."
     )

@@ -13,6 +13,7 @@ import torch
 from alignkit.evaluation.models import load_evaluated, load_policy
 from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.reward_files import load_reward_model
+from alignkit.models.untrusted.configs import check_config
 from alignkit.rollout.sources import make_reward_sources
 from tests.hostile.harness import (
     Attack,
@@ -353,3 +354,7 @@ def test_templates_with_marks_for_training_and_without_a_system_load(good: Path,
         "{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     )
     assert attempt(lambda: load_tokenizer(folder)) is None
+
+
+def test_sizes_that_honest_configs_have_are_taken():
+    check_config({"num_local_experts": 0, "head_dim": 0, "max_position_embeddings": 131072.0}, "config.json")

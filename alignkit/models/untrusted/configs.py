@@ -19,7 +19,9 @@ MAX_SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 2**31),
     "num_labels": 2**20,
 }
-_COUNTS = frozenset(MAX_SIZES) - {"type_vocab_size", "n_inner"}  # of these a model may have none
+# Of these a model may have none: dense models of a family with experts, attention that has widths of other names.
+_MAY_BE_NONE = ("type_vocab_size", "n_inner", "head_dim", "num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = frozenset(MAX_SIZES) - frozenset(_MAY_BE_NONE)
 
 _ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # Origins that tokenizers recorded when they were saved, often a path of that machine. No library opens them.
@@ -108,6 +110,8 @@ def _check_size(key: str, value: Any, where: str) -> None:
         for each in value[:_MAX_WALKED]:
             _check_size(key, each, where)
         return
+    if isinstance(value, float) and value.is_integer():  # as some configs write lengths
+        value = int(value)
     lowest = 1 if key in _COUNTS else 0
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= MAX_SIZES[key]:
         shown = repr(value) if len(repr(value)) < 80 else repr(value)[:80] + "…"
