@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
+from alignkit.data.front_matter import front_matter, safe_values
 from alignkit.data.plain_files import check_regular, leaves_folder, read_bytes, read_json_object
 from alignkit.errors import DataError
 
@@ -58,10 +59,8 @@ def check_parquet(path: Path) -> None:
 
 def _front_matter(card: Path) -> Any:
     text = read_bytes(card, max_bytes=_MAX_CARD_BYTES).decode("utf-8", "replace")
-    if not text.startswith("---"):
-        return {}
     try:
-        return yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+        return safe_values(front_matter(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"the header of {card} cannot be read: {str(error).splitlines()[0]}. Remove it.") from error
 

@@ -73,7 +73,7 @@ def _allowed(folder: Path) -> Iterator[Path]:
     yield real
     # The Hub's cache keeps content in `blobs` and links to it from `snapshots/<commit>`, or from folders inside it.
     for parent in (real, *real.parents):
-        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(("models--", "datasets--")):
             yield parent.parent.parent / "blobs"
 
 

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from alignkit.data.front_matter import check_yaml, front_matter
 from alignkit.errors import DataError
 from alignkit.hub.card_text import base_advice, intended_use, limits, memory_needed, reward_advice, snippet, what_it_is
 from alignkit.hub.metadata import card_metadata, default_name, merged_metadata
@@ -98,6 +99,7 @@ def card_for(folder: str | Path, record: RunRecord, *, repo_id: str | None = Non
         return rendered
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark first
+        check_yaml(front_matter(text))
         # A card without metadata gets an empty block, for which huggingface_hub would print a warning.
         theirs = ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:

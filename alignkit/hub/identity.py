@@ -28,7 +28,10 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
+from alignkit.data.front_matter import check_yaml, front_matter
+from alignkit.data.plain_files import read_bytes
 from alignkit.data.report import PreparationReport
+from alignkit.errors import DataError
 from alignkit.hub.bases import hub_place
 from alignkit.hub.discretion import is_path, is_secret, last_part, without_secrets
 from alignkit.models.demo import DEMO_HUB_ID, DEMO_LICENSE, demo_origin, is_demo_copy
@@ -37,6 +40,7 @@ from alignkit.models.lora import is_quantized
 
 _DATA_URL = re.compile(r"hf://datasets/(?P<id>[^@]+)@(?P<revision>[0-9a-f]+)/")
 # Options that say where things lie or how they look on the screen, not what was computed.
+_MAX_CARD_BYTES = 4 * 2**20
 _UNTOLD = ("output_dir", "logging_dir", "run_name", "local_rank", "_n_gpu", "disable_tqdm", "reference_cache_dir")
 _SAID_OF_ROWS = ("label", "margin")  # beside their tokens
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "trl")
@@ -111,8 +115,15 @@ def _card_facts(origin: str, place: Mapping[str, Any]) -> dict[str, Any]:
     if not card.is_file():
         return facts
     try:
+        check_yaml(front_matter(read_bytes(card, max_bytes=_MAX_CARD_BYTES).decode("utf-8", "replace")))
         data = metadata_load(card) or {}
-    except (ValueError, OSError, yaml.YAMLError, RecursionError):  # somebody else's card, which need not be well formed
+    except (
+        DataError,
+        ValueError,
+        OSError,
+        yaml.YAMLError,
+        RecursionError,
+    ):  # somebody else's card, which need not be well formed
         return facts
     licenses = [text for text in _listed(data.get("license")) if isinstance(text, str)]
     # YAML 1.1 reads Norwegian's code as "no".

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from alignkit.data.front_matter import check_yaml, front_matter
 from alignkit.errors import ConfigError
 from alignkit.hub.bases import BaseName
 from alignkit.hub.card import is_generated
@@ -39,7 +40,9 @@ def read_card(path: str | Path) -> ModelCard:
         ConfigError: its metadata cannot be read, so that the Hub would refuse it.
     """
     try:
-        return ModelCard(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        check_yaml(front_matter(text))
+        return ModelCard(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"the metadata at the top of {Path(path).name} cannot be read, and the Hub would refuse it: {error}. "

@@ -16,6 +16,8 @@ import pytest
 from datasets import Dataset
 
 from alignkit.data.sources import load_preferences
+from alignkit.hub.identity import _card_facts
+from alignkit.hub.plain_card import read_card
 from tests.hostile.harness import MARKER, Attack, attempt, bare_pickle, deep, hostile_archive, refuse, sparse
 from tests.tiny_preferences import text_rows
 
@@ -102,6 +104,14 @@ def state(**changes: Any) -> Callable[[Path], Any]:
     return spoil
 
 
+def bomb(header: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "README.md").write_text(f"---\n{header}\n---x\n---\n")
+
+
+merges = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 9)}]}}\n" for level in range(1, 10)
+)
+
 REFUSED: dict[str, Attack] = {
     "a row nested 100,000 deep": Attack(written("r.jsonl", deep()), r"r\.jsonl, line 1 is nested too deep"),
     "a list nested 100,000 deep": Attack(written("r.json", "[" * 10**5 + "]" * 10**5), r"r\.json is nested too deep"),
@@ -121,6 +131,10 @@ REFUSED: dict[str, Attack] = {
     "a card of aliases": Attack(
         data_folder(lambda f: (f / "README.md").write_text("---\na: " + "[" * 5000 + "\n---\n")), r"README\.md"
     ),
+    "a card that merges what it repeats": Attack(
+        data_folder(bomb(merges)), r"header of .*README\.md .*merges mappings"
+    ),
+    "a card with a number in base 60": Attack(data_folder(bomb("a: 1" + ":10" * 10**5)), r"plain word of 300,001 char"),
     "a link out among the data": Attack(
         data_folder(lambda f: (f / "more.txt").symlink_to("/etc/passwd")), r"more\.txt' is a link out of its folder"
     ),
@@ -157,6 +171,24 @@ def test_good_folders_load(tmp_path: Path):
     (tmp_path / "b").mkdir()
     assert attempt(lambda: load_preferences(str(data_folder(card("train.jsonl"))(tmp_path / "a")))) is None
     assert attempt(lambda: load_preferences(str(saved(lambda folder: None)(tmp_path / "b")))) is None
+
+
+@pytest.mark.parametrize("header", [merges, "a: 1" + ":10" * 10**5], ids=["merges", "base 60"])
+def test_cards_of_models_do_not_hang_either(header: str, tmp_path: Path):
+    bomb(header)(tmp_path)
+    card, place = tmp_path / "README.md", {"hub_id": None, "revision": None}
+    assert attempt(lambda: _card_facts(str(tmp_path), place)) is None
+    assert "cannot be read" in refuse(lambda: read_card(card))
+
+
+def test_set_in_the_hubs_cache_loads_through_its_links(tmp_path: Path):
+    cache = tmp_path / "datasets--some--rows"
+    snapshot = cache / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "b").write_text("\n".join(json.dumps(row) for row in text_rows(4)))
+    (snapshot / "train.jsonl").symlink_to("../../blobs/b")
+    assert len(load_preferences(str(snapshot))) == 4
 
 
 def test_a_column_of_one_value_is_no_bomb(tmp_path: Path):
