@@ -11,6 +11,7 @@ import pyarrow.parquet
 import yaml
 
 from alignkit.data.front_matter import front_matter, safe_values
+from alignkit.data.packed_files import check_packed
 from alignkit.data.plain_files import check_regular, leaves_folder, read_bytes, read_json_object
 from alignkit.errors import DataError
 
@@ -26,11 +27,12 @@ def check_data_folder(folder: Path) -> None:
     """Look over a folder of data files, or one made by `save_to_disk`, before `datasets` reads it.
 
     Raises:
-        DataError: a link that leads out of the folder, or a card or state that names files outside.
+        DataError: a link out of the folder, a packed file that is a bomb, or a card or state that names files outside.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_dir():
             check_regular(path, folder=folder)
+            check_packed(path)
     for name in (name for state in _STATES for name in folder.rglob(state)):
         _check_names(_strings(read_json_object(name, folder=folder), ("filename", "data_files")), name)
     card = folder / _CARD

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset, ReadInstruction
+from datasets.features.features import require_decoding
 
 from alignkit.data import files
 from alignkit.data.data_folders import check_data_folder, check_parquet
@@ -52,13 +53,22 @@ def load_preferences(
         check_data_folder(path)
     elif _looks_like_path(name_or_path):
         raise DataError(_no_such_file(path))
-    return _load_hub(name_or_path, base, cut, streaming, config_name)
+    return _without_files(_load_hub(name_or_path, base, cut, streaming, config_name))
 
 
 def _named(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """Let the rows say where they come from, without the folder: a run's record tells it."""
     dataset.info.dataset_name = name
-    return dataset
+    return _without_files(dataset)
+
+
+def _without_files(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    # Pictures and sounds are files that a row names, anywhere on this machine, and reading the row would open them.
+    features = dataset.features or {}
+    opened = [column for column, kind in features.items() if require_decoding(kind)]
+    if opened and isinstance(dataset, IterableDataset):  # which decodes rows before it drops columns
+        dataset = dataset.decode(False)
+    return dataset.remove_columns(opened) if opened else dataset
 
 
 def _parse_split(split: str) -> tuple[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image
 
 from alignkit.data.sources import load_preferences
 from alignkit.hub.identity import _card_facts
@@ -108,6 +110,18 @@ def bomb(header: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / "README.md").write_text(f"---\n{header}\n---x\n---\n")
 
 
+def packed(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        zeros = bytes(10**7)
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("rows.jsonl", zeros * 60, compresslevel=1)
+        else:
+            (folder / name).write_bytes(gzip.compress(zeros) * 60)
+
+    return spoil
+
+
 merges = "a0: &a0 {x: 1}\n" + "".join(
     f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 9)}]}}\n" for level in range(1, 10)
 )
@@ -135,6 +149,11 @@ REFUSED: dict[str, Attack] = {
         data_folder(bomb(merges)), r"header of .*README\.md .*merges mappings"
     ),
     "a card with a number in base 60": Attack(data_folder(bomb("a: 1" + ":10" * 10**5)), r"plain word of 300,001 char"),
+    "rows that become 600 MB": Attack(data_folder(packed("more.jsonl.gz")), r"more\.jsonl\.gz becomes [\d,]+ bytes or"),
+    "an archive that becomes 600 MB": Attack(data_folder(packed("more.zip")), r"more\.zip becomes 600,000,000 bytes"),
+    "rows that are packed and torn": Attack(
+        data_folder(lambda f: (f / "more.gz").write_bytes(gzip.compress(bytes(99))[:-9])), r"gz cannot be unpacked"
+    ),
     "a link out among the data": Attack(
         data_folder(lambda f: (f / "more.txt").symlink_to("/etc/passwd")), r"more\.txt' is a link out of its folder"
     ),
@@ -189,6 +208,17 @@ def test_set_in_the_hubs_cache_loads_through_its_links(tmp_path: Path):
     (cache / "blobs" / "b").write_text("\n".join(json.dumps(row) for row in text_rows(4)))
     (snapshot / "train.jsonl").symlink_to("../../blobs/b")
     assert len(load_preferences(str(snapshot))) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_rows_name_are_not_opened(streaming: bool, tmp_path: Path):
+    rows = text_rows(4)
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    texts = Dataset.from_dict(columns).features
+    columns["images"] = [{"path": "/etc/passwd", "bytes": None}] * 4
+    Dataset.from_dict(columns, features=Features({**texts, "images": Image()})).to_parquet(tmp_path / "rows.parquet")
+    loaded = load_preferences(str(tmp_path / "rows.parquet"), streaming=streaming)
+    assert next(iter(loaded)) == rows[0]
 
 
 def test_a_column_of_one_value_is_no_bomb(tmp_path: Path):
