@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset, ReadInstruction
-from datasets.features.features import require_decoding
 
 from alignkit.data import files
 from alignkit.data.data_folders import check_data_folder, check_parquet
@@ -22,6 +21,7 @@ DEMO_FILE = Path(__file__).parent / "demo" / "preferences.jsonl"
 DEMO_SET = "alignkit's embedded preferences"
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet")
 
+_FILES = re.compile(r"\b(Image|Audio|Video|Pdf|Nifti|Mesh)\(")  # kinds of columns, at any depth, that name files
 _SLICED = re.compile(r"^(?P<base>[^\[\]]+)(?P<slice>\[[^\[\]]*\])?$")
 
 
@@ -65,7 +65,7 @@ def _named(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableD
 def _without_files(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     # Pictures and sounds are files that a row names, anywhere on this machine, and reading the row would open them.
     features = dataset.features or {}
-    opened = [column for column, kind in features.items() if require_decoding(kind)]
+    opened = [column for column, kind in features.items() if _FILES.search(repr(kind))]
     if opened and isinstance(dataset, IterableDataset):  # which decodes rows before it drops columns
         dataset = dataset.decode(False)
     return dataset.remove_columns(opened) if opened else dataset
