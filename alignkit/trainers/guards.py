@@ -117,7 +117,7 @@ class FiniteGuard:
         the scale is no more than 1, it was not the scale that made them infinite, and it would go on for ever.
         """
         scaler: Any = self.accelerator.scaler
-        if scaler is None:
+        if scaler is None or not scaler.is_enabled():
             return torch.ones((), dtype=torch.bool, device=device)
         scale = scaler._get_scale_async()  # get_scale() would wait for the device; None before the first loss
         return torch.tensor(False, device=device) if scale is None else (scale <= 1).to(device).reshape(())

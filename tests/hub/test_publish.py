@@ -272,6 +272,7 @@ def _pickled(folder: Path) -> None:
 def _only_checkpoints(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_config.json").unlink()
+    (folder / "training_args.bin").unlink()
 
 
 def _break_config(folder: Path) -> None:
