@@ -112,6 +112,8 @@ def test_a_read_only_directory_is_refused_before_training(nursery: Nursery, shar
 def test_a_checkpoint_on_a_read_only_directory_can_be_read(nursery: Nursery, shared_folder: Path, tmp_path: Path):
     """A run elsewhere goes on from a folder that nobody may write to."""
     user = NOBODY if os.geteuid() == 0 else None
+    if user is not None and not all(folder.stat().st_mode & 0o001 for folder in Path(sys.prefix).resolve().parents):
+        pytest.skip(f"another user cannot import what lies in {sys.prefix}")
     given, output, whole = shared_folder / "given", shared_folder / "output", tmp_path / "whole"
     assert nursery.run("reward", whole).error == ""
     assert nursery.run("reward", given, save_total_limit=2).error == ""
