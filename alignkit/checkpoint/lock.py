@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -26,8 +27,8 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         CheckpointError: another process trains into it, or nothing can be written there.
     """
     lock = FileLock(output_dir / LOCK, timeout=0)
-    make_output_dir(output_dir)
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise CheckpointError(
@@ -49,16 +50,17 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def make_output_dir(output_dir: Path) -> None:
-    """Make an output directory, unless it is there.
+def check_output_dir(output_dir: Path) -> None:
+    """Check that an output directory is there or can be made, without touching anything.
 
     Raises:
-        CheckpointError: it cannot be made.
+        CheckpointError: it cannot.
     """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(output_dir, error) from error
+    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise _not_writable(output_dir, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if existing != output_dir.absolute() and not os.access(existing, os.W_OK | os.X_OK):
+        raise _not_writable(output_dir, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _not_writable(output_dir: Path, error: OSError) -> CheckpointError:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from alignkit.checkpoint.lock import make_output_dir
+from alignkit.checkpoint.lock import check_output_dir
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.functional.preference import LOSSES
 from alignkit.models.adapters import (
@@ -220,7 +220,7 @@ def own_copy(args: ConfigT, kind: type[ConfigT]) -> ConfigT:
     config.dispatch_batches = False  # a stream's too: batches hold tensors of several lengths
     args.accelerator_config = config
     if args.should_save:
-        make_output_dir(Path(str(args.output_dir)))
+        check_output_dir(Path(str(args.output_dir)))
     return args
 
 

@@ -178,6 +178,7 @@ CASES = {
         {"max_drop_fraction": 1.1},
         r"max_drop_fraction=1\.1: must be a number from 0 to 1",
     ),
+    "fewer than no bad steps": ({"max_skipped_steps": -1}, r"max_skipped_steps=-1: must be"),
     "unknown truncation": ({"truncation_mode": "middle"}, r"truncation_mode='middle': .*use 'keep_start'"),
     "unknown layout": ({"layout": "pad"}, r"layout='pad' is unknown\. Did you mean 'padded'\?"),
     "padding-free padding": (
