@@ -89,7 +89,8 @@ def bad_end(outcome: Outcome, output: Path) -> list[str]:
 
 def leftovers(output: Path) -> list[str]:
     """Folders that were being written, replaced or removed."""
-    return [path.name for path in output.iterdir() if path.name.startswith((STAGED, REPLACED, REMOVED))]
+    present = output.iterdir() if output.is_dir() else ()  # the folder itself may not have been made
+    return [path.name for path in present if path.name.startswith((STAGED, REPLACED, REMOVED))]
 
 
 def check(nursery: Nursery, name: str, whole: tuple[Path, list[Change]], numbers: list[int], folder: Path) -> None:
