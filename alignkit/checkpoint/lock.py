@@ -27,8 +27,8 @@ def sole_writer(output_dir: Path) -> Iterator[None]:
         CheckpointError: another process trains into it, or nothing can be written there.
     """
     lock = FileLock(output_dir / LOCK, timeout=0)
+    make_output_dir(output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise CheckpointError(
@@ -61,6 +61,18 @@ def check_output_dir(output_dir: Path) -> None:
         raise _not_writable(output_dir, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if existing != output_dir.absolute() and not os.access(existing, os.W_OK | os.X_OK):
         raise _not_writable(output_dir, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Make an output directory, unless it is there.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(output_dir, error) from error
 
 
 def _not_writable(output_dir: Path, error: OSError) -> CheckpointError:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from alignkit.checkpoint.atomic import discard, files_into, put_in_place, remove_folder, staging_of, tidy
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified, next_sequence, rotate, unscheduled
+from alignkit.checkpoint.lock import make_output_dir
 from alignkit.checkpoint.manifest import read_manifest, seal, verify
 from alignkit.checkpoint.space import SMALL_FILES_BYTES, free_bytes, require_space, size
 from alignkit.checkpoint.states import States, write_states
@@ -63,6 +64,11 @@ class SavesWhole(_Base):
     _rewarding: Sequence[Any] = ()
     _mixed_in: Any = None
     _saved: tuple[int, Rest] | None = None  # step and rest of the last checkpoint of this training
+
+    def __init__(self, *, args: Any, **kwargs: Any) -> None:
+        if args.should_save:  # Trainer would make it too, and fail with the system's own error
+            make_output_dir(Path(str(args.output_dir)))
+        super().__init__(args=args, **kwargs)
 
     @property
     def is_saving_checkpoint(self) -> bool:
