@@ -33,11 +33,11 @@ def test_completions_equal_those_of_the_decode_loop(architecture, tokenizer):
     bundle.use_row_attention()
     expected = HFEngine(bundle.model, tokenizer).generate(PROMPTS, SEEDS, SAMPLED)
     engine = ContinuousEngine(bundle.model, tokenizer, **CACHE)
-    state, threads = torch.random.get_rng_state(), threading.active_count()
+    state, threads = torch.random.get_rng_state(), set(threading.enumerate())
     assert engine.generate(PROMPTS, SEEDS, SAMPLED) == expected
     assert torch.equal(torch.random.get_rng_state(), state)
     assert bundle.attention_implementation == "alignkit"
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # another test's thread may end meanwhile
 
 
 def test_greedy_and_adapters_and_modes(tokenizer):
@@ -90,12 +90,12 @@ def test_a_failure_is_an_error_and_leaves_the_model_as_it_was(tokenizer):
     model = tiny_model("llama").train()
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = torch.nan
-    before, threads = model.config._attn_implementation, threading.active_count()
+    before, threads = model.config._attn_implementation, set(threading.enumerate())
     with pytest.raises(TrainingError, match=r"continuous batching failed: .*not finite"):
         ContinuousEngine(model, tokenizer, **CACHE).generate(PROMPTS, SEEDS, SAMPLED)
     assert all(module.training for module in model.modules())
     assert model.config._attn_implementation == before
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # another test's thread may end meanwhile
 
 
 @pytest.mark.parametrize(
