@@ -27,8 +27,10 @@ _STATES = (".pt", ".pth")  # optimizer, scheduler, scaler, random generators
 _MAX_JSON_BYTES = 2**30  # the log of a long run; tokenizers
 
 
-def check_weights(folder: Path) -> None:
-    """Look over the weights of a checkpoint, and the state of its Trainer.
+def check_weights(folder: Path) -> int:
+    """Look over the weights of a checkpoint, and the state of its Trainer; return the step that it was made at.
+
+    That is 0 where it has no such state: Trainer begins anew with its weights.
 
     Raises:
         CheckpointError: links, malformed files, weights that are pickles, or a Trainer's state that is none.
@@ -43,11 +45,13 @@ def check_weights(folder: Path) -> None:
         if path.suffix in PICKLES and path.suffix not in _STATES and not any(path.parent.glob("*.safetensors")):
             raise CheckpointError(f"'{path.parent}' holds no safetensors but '{path.name}'. {CONVERT}")
     path = folder / TRAINER_STATE_NAME
-    if path.is_file():
-        with as_checkpoint_errors(path):
-            state = TrainerState.load_from_json(str(path))
-            if isinstance(state.global_step, bool) or not isinstance(state.global_step, int) or state.global_step < 0:
-                raise ValueError(f"it was made at step {state.global_step!r}")
+    if not path.is_file():
+        return 0
+    with as_checkpoint_errors(path):
+        step = TrainerState.load_from_json(str(path)).global_step
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"it was made at step {step!r}")
+    return step
 
 
 def check_contents(folder: Path) -> None:

@@ -165,7 +165,7 @@ class KeepsCheckpoints(SavesWhole):
                 output_dir,
             )
         if folder is not None and weights_only:
-            check_weights(folder)
+            self.check_resumable(folder, check_weights(folder))
         elif folder is not None:
             check_contents(folder)
             self._load_states(folder, description)

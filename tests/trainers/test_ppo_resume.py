@@ -60,6 +60,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, whole: Path):
     assert state["window"]["loss"]["sums"][1] == 1  # step 16 is not logged yet
 
 
+def test_weights_alone_go_on_between_rollouts(tmp_path: Path, whole: Path):
+    """With rates of zero, what was loaded is what comes out."""
+    still = {"learning_rate": 0.0, "value_learning_rate": 0.0, "max_steps": 12}
+    again = trainer(tmp_path, weights_only_resume=True, **still)
+    again.train(str(whole / "checkpoint-8"))
+    assert again.state.global_step == 12
+    for name in ("adapter_model.safetensors", "value/adapter_model.safetensors", "value_head.safetensors"):
+        ends, begins, later = (
+            load_file(folder / name)
+            for folder in (tmp_path / "checkpoint-12", whole / "checkpoint-8", whole / "checkpoint-12")
+        )
+        assert list(unequal(ends, begins)) == [], name
+        assert list(unequal(ends, later)) != [], name
+
+
 def test_what_is_not_restored_would_be_seen(tmp_path: Path, whole: Path):
     changed = tmp_path / "checkpoint-8"
     shutil.copytree(whole / "checkpoint-8", changed)
@@ -208,8 +223,10 @@ def test_a_checkpoint_that_cannot_be_resumed_says_why(tmp_path: Path, whole: Pat
     within = ppo_trainer(tmp_path / "within", max_steps=6, **CONSTANT)
     within.train()
     again = ppo_trainer(tmp_path / "within", max_steps=8, **CONSTANT)
-    with pytest.raises(CheckpointError, match="step 6, within a rollout of 4 optimizer steps"):
-        again.train(True)
+    weights_alone = ppo_trainer(tmp_path / "within", max_steps=8, weights_only_resume=True, **CONSTANT)
+    for refused in (again, weights_alone):
+        with pytest.raises(CheckpointError, match="step 6, within a rollout of 4 optimizer steps"):
+            refused.train(True)
     again.train(str(tmp_path / "within" / "checkpoint-4"))
     assert again.state.global_step == 8
 
