@@ -81,3 +81,8 @@ def tiny_model(architecture: str, *, seed: int = 0, **overrides: Any) -> PreTrai
                 noise = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1)
                 parameter.add_(noise)
     return model.eval()
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether a model's blocks are run again in the backward pass; transformers has two names for that."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

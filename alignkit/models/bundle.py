@@ -30,6 +30,19 @@ REFERENCE = "reference"
 REWARD = "reward"
 
 
+def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any], **options: Any) -> None:
+    """Turn activation checkpointing on, by the name that this release of transformers has for it.
+
+    Args:
+        model: where.
+        kwargs: of `torch.utils.checkpoint.checkpoint`.
+        **options: further ones of transformers, such as `every_n_layers`.
+    """
+    older = "gradient_checkpointing_enable"  # until 5.20; newer ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+    enable(kwargs, **options)
+
+
 class ModelBundle:
     """One base and the roles that live on it.
 
@@ -206,7 +219,7 @@ class ModelBundle:
         arguments = dict(kwargs or {})
         options: dict[str, Any] = {k: arguments.pop(k) for k in ("every_n_layers", "offload") if k in arguments}
         arguments |= {"use_reentrant": False, "context_fn": self.checkpoint_context}
-        self._bases()[0].activation_checkpointing_enable(arguments, **options)
+        enable_checkpointing(self._bases()[0], arguments, **options)
 
     def _bases(self) -> list[PreTrainedModel]:
         models: list[Any] = [self.model] if self.reference is None else [self.model, self.reference]

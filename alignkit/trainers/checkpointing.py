@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
@@ -308,6 +310,16 @@ class KeepsCheckpoints(SavesWhole):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with as_checkpoint_errors(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_default_adapter(Path(resume_from_checkpoint))
+
+    def _load_default_adapter(self, folder: Path) -> None:
+        """Load the adapter that lies beside the folders of others: until 5.20 transformers loads those alone."""
+        model, name = self.model, "default"
+        is_beside = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+        if is_beside and isinstance(model, PeftModel) and len(model.peft_config) > 1:
+            active = model.active_adapter
+            model.load_adapter(str(folder), name, is_trainable=active == name)
+            model.set_adapter(active)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

@@ -19,7 +19,7 @@ from alignkit.models.adapters import add_adapter
 from alignkit.models.lora import FUSED_LORA
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
-from tests.model_factory import tiny_model
+from tests.model_factory import is_checkpointing, tiny_model
 from tests.tiny_preferences import (
     QUIET,
     RecordGradients,
@@ -234,6 +234,6 @@ def test_layouts(options: dict[str, Any], tmp_path: Path) -> None:
 def test_checkpointing_and_offloading(tmp_path: Path) -> None:
     plain = steps(tmp_path, {})
     checkpointed = steps(tmp_path, {"activation_checkpointing": True})
-    assert checkpointed[1].bundle.base.is_activation_checkpointing
+    assert is_checkpointing(checkpointed[1].bundle.base)
     assert_same_run(checkpointed, plain)
     assert_same_run(steps(tmp_path, {"activation_offloading": True}), plain)

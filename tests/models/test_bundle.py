@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from alignkit.data.layout import LAYOUTS
 from alignkit.errors import ModelError
 from alignkit.models.adapters import add_adapter, reference_adapter
-from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle
+from alignkit.models.bundle import POLICY, REFERENCE, ModelBundle, enable_checkpointing
 from alignkit.models.lora import FUSED_LORA
-from tests.model_factory import tiny_model
+from tests.model_factory import is_checkpointing, tiny_model
 from tests.pair_factory import (
     PAD,
     fill_adapter,
@@ -57,7 +57,7 @@ def role_gradients(bundle: ModelBundle, *, switch_first: bool = True) -> dict[st
 
 
 def checkpointed(bundle: ModelBundle, *, protected: bool) -> ModelBundle:
-    bundle.base.activation_checkpointing_enable({"use_reentrant": False})  # what Trainer does
+    enable_checkpointing(bundle.base, {"use_reentrant": False})  # what Trainer does
     bundle.model.enable_input_require_grads()
     if protected:
         bundle.protect_checkpointing({"use_reentrant": False})
@@ -73,7 +73,7 @@ def test_both_adapters_get_gradients_without_checkpointing():
 def test_checkpointing_recomputes_under_the_adapter_of_the_forward_pass():
     expected = role_gradients(two_adapters())
     bundle = checkpointed(two_adapters(), protected=True)
-    assert bundle.base.is_activation_checkpointing
+    assert is_checkpointing(bundle.base)
     found = role_gradients(bundle)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

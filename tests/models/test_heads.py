@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from alignkit.data.layout import LAYOUTS, Groups
 from alignkit.errors import ModelError
 from alignkit.models.adapters import add_adapter
-from alignkit.models.bundle import POLICY, REFERENCE, REWARD, ModelBundle
+from alignkit.models.bundle import POLICY, REFERENCE, REWARD, ModelBundle, enable_checkpointing
 from alignkit.models.heads import SCORE, VALUE, ScalarHead, add_reward_head, add_value_head, has_head, put_head
 from alignkit.models.lora import FUSED_LORA
 from alignkit.models.reward_adapter import reward_peft_config, with_reward_head
@@ -222,7 +222,7 @@ def test_two_adapters_each_with_its_head_under_checkpointing():
     expected = role_gradients(two_roles())
     assert len([name for name in expected if ".modules_to_save." in name]) == 2
     bundle = two_roles()
-    bundle.base.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(bundle.base, {"use_reentrant": False})
     bundle.model.enable_input_require_grads()
     bundle.protect_checkpointing({"use_reentrant": False})
     assert_same_gradients(role_gradients(bundle), expected, 1e-6)

@@ -14,7 +14,7 @@ from alignkit.models.bundle import REFERENCE, ModelBundle
 from alignkit.models.reference_sync import add_synced_reference
 from alignkit.trainers.callbacks import DisplacementGuard, SyncReference, dpo_callbacks
 from alignkit.trainers.callbacks_engine import ProtectCheckpointing
-from tests.model_factory import tiny_model
+from tests.model_factory import is_checkpointing, tiny_model
 from tests.models.test_reference_sync import changes
 from tests.pair_factory import our_bundle, our_model
 
@@ -147,7 +147,7 @@ def test_checkpointing_is_protected_when_training_begins():
     ProtectCheckpointing(bundle).on_train_begin(
         arguments(activation_checkpointing_kwargs={"use_reentrant": False}), TrainerState(), TrainerControl()
     )
-    assert bundle.base.is_activation_checkpointing
+    assert is_checkpointing(bundle.base)
     layer = bundle.base.model.layers[0]
     assert layer._gradient_checkpointing_func.keywords["context_fn"] == bundle.checkpoint_context
 
@@ -156,4 +156,4 @@ def test_reentrant_checkpointing_is_left_to_trainer():
     """Torch's reentrant variant takes no context."""
     bundle = our_bundle()
     bundle.protect_checkpointing({"use_reentrant": True})
-    assert not bundle.base.is_activation_checkpointing
+    assert not is_checkpointing(bundle.base)
