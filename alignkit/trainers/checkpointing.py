@@ -317,7 +317,7 @@ class KeepsCheckpoints(SavesWhole):
         model, name = self.model, "default"
         is_beside = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
         if is_beside and isinstance(model, PeftModel) and len(model.peft_config) > 1:
-            active = model.active_adapter
+            active = model.active_adapters[0]
             model.load_adapter(str(folder), name, is_trainable=active == name)
             model.set_adapter(active)
 
