@@ -38,7 +38,7 @@ def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any], **optio
         kwargs: of `torch.utils.checkpoint.checkpoint`.
         **options: further ones of transformers, such as `every_n_layers`.
     """
-    older = "gradient_checkpointing_enable"  # until 5.20; newer ones warn of it
+    older = "gradient_checkpointing_enable"  # until 5.22; newer ones warn of it
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
     enable(kwargs, **options)
 

@@ -198,7 +198,7 @@ class KeepsCheckpoints(SavesWhole):
         """Set what Trainer has just reset to what the checkpoint says, and make up for what it still owed."""
         loaded, self._loaded = self._loaded, None
         self._is_in_step = False
-        self._initial_global_step = self.state.global_step  # which transformers does itself since 5.21
+        self._initial_global_step = self.state.global_step  # which transformers does itself since 5.20
         if loaded is not None:
             folder, saved = loaded
             self._tr_loss += saved["loss"].to(self._tr_loss)
@@ -314,7 +314,7 @@ class KeepsCheckpoints(SavesWhole):
             self._load_default_adapter(Path(resume_from_checkpoint))
 
     def _load_default_adapter(self, folder: Path) -> None:
-        """Load the adapter that lies beside the folders of others: until 5.20 transformers loads those alone."""
+        """Load the adapter that lies beside the folders of others: until 5.22 transformers loads those alone."""
         model, name = self.model, "default"
         is_beside = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
         if is_beside and isinstance(model, PeftModel) and len(model.peft_config) > 1:
