@@ -361,8 +361,8 @@ def _check_lora(config: LoraConfig) -> None:
         )
     if config.alora_invocation_tokens is not None:
         raise ModelError("Activated LoRA (alora_invocation_tokens) depends on token positions: use plain LoRA.")
-    for option in ("kasa_config", "layer_replication"):  # PEFT has the first since 0.21
-        if getattr(config, option, None):
+    for option in {"kasa_config", "layer_replication"} & config.to_dict().keys():
+        if config.to_dict()[option]:
             raise ModelError(f"{option} changes the base itself, so it cannot serve as the reference. Leave it out.")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -78,6 +78,13 @@ def _calls(block: Block) -> Iterator[Call]:
     for tail in block.tails[1:]:
         yield Call((end, end + tail), (*root, (block.start, block.start + block.prefix), (end, end + tail)))
         end += tail
+
+
+def keep_soft_caps(model: PreTrainedModel) -> None:
+    """Take a model off SDPA where that leaves the soft cap of its attention out, as it does until transformers 5.22."""
+    capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def row_attention(

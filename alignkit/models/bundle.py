@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.data.layout import Layout
 from alignkit.errors import ModelError
-from alignkit.models.attention import ATTENTION_NAME, RowAttention, register_attention
+from alignkit.models.attention import ATTENTION_NAME, RowAttention, keep_soft_caps, register_attention
 from alignkit.models.heads import SCORE, has_head
 from alignkit.models.lora import FUSED_LORA, keep_unpacked
 from alignkit.models.reward_adapter import add_reward_adapter
@@ -38,9 +40,10 @@ def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any], **optio
         kwargs: of `torch.utils.checkpoint.checkpoint`.
         **options: further ones of transformers, such as `every_n_layers`.
     """
-    older = "gradient_checkpointing_enable"  # until 5.22; newer ones warn of it
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
-    enable(kwargs, **options)
+    if Version(transformers.__version__) >= Version("5.23"):
+        model.activation_checkpointing_enable(kwargs, **options)
+    else:
+        model.gradient_checkpointing_enable(kwargs, **options)
 
 
 class ModelBundle:
@@ -93,6 +96,8 @@ class ModelBundle:
         for each in (model, *([reference] if reference is not None else [])):
             keep_unpacked(each)
             self._closers.append(install_scoring(each))
+        for base in self._bases():
+            keep_soft_caps(base)
         if reference is not None:
             reference.requires_grad_(False).eval()
 

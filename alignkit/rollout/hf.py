@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from alignkit.errors import ConfigError, TrainingError
+from alignkit.models.attention import keep_soft_caps
 from alignkit.models.lora import is_4bit, merged_copies
 from alignkit.models.out_of_memory import is_out_of_memory, release_memory
 from alignkit.models.probe import cannot_pack
@@ -65,6 +66,7 @@ class HFEngine:
         if max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
         self.model = base_of(model)
+        keep_soft_caps(self.model)
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         self.merge_adapters = merge_adapters

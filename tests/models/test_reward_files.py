@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -170,7 +172,14 @@ def test_smollm2s_tokenizer(rows, tmp_path):
         torch.testing.assert_close(classifier_rewards(model, padding, rows), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+# The card's snippet is plain transformers, whose SDPA left the cap of Gemma 2's attention out until 5.22.
+CAPPED = pytest.param(
+    "gemma2",
+    marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23"),
+)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", CAPPED])
 def test_a_model_trained_whole_becomes_a_classifier(architecture, tmp_path):
     model = tiny_model(architecture, vocab_size=128)
     with_reward_head(model, HEADS)
