@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -311,10 +313,11 @@ class KeepsCheckpoints(SavesWhole):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with as_checkpoint_errors(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._load_default_adapter(Path(resume_from_checkpoint))
+            if Version(transformers.__version__) < Version("5.23"):
+                self._load_default_adapter(Path(resume_from_checkpoint))
 
     def _load_default_adapter(self, folder: Path) -> None:
-        """Load the adapter that lies beside the folders of others: until 5.22 transformers loads those alone."""
+        """Load the adapter that lies beside the folders of others, which older releases load alone."""
         model, name = self.model, "default"
         is_beside = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
         if is_beside and isinstance(model, PeftModel) and len(model.peft_config) > 1:
