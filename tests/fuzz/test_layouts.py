@@ -117,7 +117,7 @@ def assert_same(found: Any, expected: Any) -> None:
     assert largest > 0
     for name, gradient in expected[1].items():
         # Some gradients are all but zero (a query of one key has none): the step's size is what they add noise to.
-        scale = max(gradient.norm().item(), 0.01 * largest)
+        scale = max(gradient.norm().item(), 0.05 * largest)
         assert (found[1][name] - gradient).norm().item() <= 2 * RELATIVE * scale, name
 
 
