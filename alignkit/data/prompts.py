@@ -128,7 +128,7 @@ def _as_they_are(dataset: Dataset | Sequence[Mapping[str, Any]], columns: list[s
     for column in columns:
         try:
             found.append(_column(column, [row.get(column) for row in dataset]))
-        except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+        except (TypeError, ValueError, OverflowError, NotImplementedError, RecursionError) as error:
             raise DataError(
                 f"{name}: the column {column!r} cannot be kept for the rewards ({error}): make its values numbers, "
                 "text, lists or dicts, or remove it."

@@ -18,6 +18,7 @@ from alignkit.data.sources import load_preferences
 from alignkit.data.tokenize import RecordTokenizer
 from alignkit.errors import ConfigError, DataError
 from tests.data.conftest import ids
+from tests.fuzz.rows import deep
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 AGAIN, SYSTEM = {"role": "user", "content": "w1"}, {"role": "system", "content": "be kind"}
@@ -325,6 +326,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "rows of text": (["hi"], {}, DataError, "train: row 0 is a str, not a dict of columns"),
     "a column that no dataset holds": (
         [{"prompt": "hi", "check": object()}],
+        {},
+        DataError,
+        "train: the column 'check' cannot be kept for the rewards",
+    ),
+    "a column nested deeper than JSON goes": (
+        [{"prompt": "hi", "check": deep(5000)}],
         {},
         DataError,
         "train: the column 'check' cannot be kept for the rewards",
