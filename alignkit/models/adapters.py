@@ -361,9 +361,9 @@ def _check_lora(config: LoraConfig) -> None:
         )
     if config.alora_invocation_tokens is not None:
         raise ModelError("Activated LoRA (alora_invocation_tokens) depends on token positions: use plain LoRA.")
-    for option in {"kasa_config", "layer_replication"} & config.to_dict().keys():
-        if config.to_dict()[option]:
-            raise ModelError(f"{option} changes the base itself, so it cannot serve as the reference. Leave it out.")
+    if config.kasa_config is not None or config.layer_replication:
+        option = "kasa_config" if config.kasa_config is not None else "layer_replication"
+        raise ModelError(f"{option} changes the base itself, so it cannot serve as the reference. Leave it out.")
 
 
 def _check_modules_to_save(model: PreTrainedModel, config: PeftConfig) -> None:

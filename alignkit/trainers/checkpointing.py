@@ -200,7 +200,6 @@ class KeepsCheckpoints(SavesWhole):
         """Set what Trainer has just reset to what the checkpoint says, and make up for what it still owed."""
         loaded, self._loaded = self._loaded, None
         self._is_in_step = False
-        self._initial_global_step = self.state.global_step  # which transformers does itself since 5.20
         if loaded is not None:
             folder, saved = loaded
             self._tr_loss += saved["loss"].to(self._tr_loss)

@@ -25,7 +25,9 @@ FEW = ("llama", "gemma2", "gpt2", "cohere2")
 
 @cache
 def bundle_of(architecture: str) -> ModelBundle:
+    """A tiny model in fp64: in fp32 a gradient that all but vanishes is nothing but the others' rounding."""
     bundle = our_bundle(architecture)
+    bundle.model.double()
     disable_dropout(bundle.model)
     bundle.use_row_attention()
     return bundle
@@ -117,8 +119,8 @@ def assert_same(found: Any, expected: Any) -> None:
     assert largest > 0
     for name, gradient in expected[1].items():
         # Some gradients are all but zero (a query of one key has none): the step's size is what they add noise to.
-        scale = max(gradient.norm().item(), 0.05 * largest)
-        assert (found[1][name] - gradient).norm().item() <= 2 * RELATIVE * scale, name
+        scale = max(gradient.norm().item(), 0.01 * largest)
+        assert (found[1][name] - gradient).norm().item() <= RELATIVE * scale, name
 
 
 @pytest.mark.parametrize(
