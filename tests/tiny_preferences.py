@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from tests.model_factory import VOCAB_SIZE
+from tests.sharding import whole
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 
@@ -99,5 +100,5 @@ class RecordGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Copy them just before the optimizer reads them."""
-        gradients = {name.removeprefix("module."): p.grad.clone() for name, p in adapter_weights(model).items()}
+        gradients = {name.removeprefix("module."): whole(p.grad).clone() for name, p in adapter_weights(model).items()}
         self.steps.append(gradients)

@@ -1,4 +1,4 @@
-"""Two processes over gloo give what one process gives on the same global batches."""
+"""Two processes, with the weights copied or sharded, give what one process gives on the same global batches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from tests.invariants import two_process_run
-from tests.invariants.two_process_run import SCENARIOS
+from tests.invariants import sharded_run, two_process_run
+from tests.invariants.two_process_run import SCENARIOS, SHARDED
+from tests.sharding import launch
 from tests.tiny_preferences import assert_close_tensors
 
 pytestmark = pytest.mark.slow  # three Python processes import torch and transformers
@@ -21,24 +22,44 @@ ROOT = Path(__file__).resolve().parents[2]
 RTOL = 1e-5
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+class Results(NamedTuple):
     """What every scenario left: with one process, with two."""
-    folder = tmp_path_factory.mktemp("processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += ["-m", two_process_run.__name__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder)}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+
+    one: dict[str, Any]
+    two: dict[str, Any]
+
+
+def results_in(folder: Path, scenarios: dict[str, dict[str, Any]]) -> Results:
+    """Run the scenarios in this process too, where two others have run them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
-        two_process_run.main(folder, processes=1)
-    return torch.load(folder / "1.pt"), torch.load(folder / "2.pt")
+        two_process_run.main(folder, scenarios, processes=1)
+    return Results(torch.load(folder / "1.pt"), torch.load(folder / "2.pt"))
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_equal_one(name: str, results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """DDP over gloo."""
+    folder = tmp_path_factory.mktemp("copied")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", two_process_run.__name__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return results_in(folder, SCENARIOS)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """FSDP2 over gloo."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch(sharded_run, str(folder), cache=folder)
+    return results_in(folder, SHARDED)
+
+
+def check(results: Results, name: str, *, is_sharded: bool) -> None:
     one, two = (result[name] for result in results)
+    assert (one["is_sharded"], two["is_sharded"]) == (False, is_sharded)
     assert len(one["gradients"]) == len(two["gradients"]) == 2
     for found, expected in zip(two["gradients"], one["gradients"], strict=True):
         assert_close_tensors(found, expected, rtol=RTOL)
@@ -47,3 +68,13 @@ def test_two_processes_equal_one(name: str, results: tuple[dict[str, Any], dict[
     for found, expected in zip(two["logs"], one["logs"], strict=True):
         assert len(expected) >= 5
         assert found == pytest.approx(expected, rel=RTOL, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_equal_one(name: str, copied: Results) -> None:
+    check(copied, name, is_sharded=False)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_processes_with_sharded_weights_equal_one(name: str, sharded: Results) -> None:
+    check(sharded, name, is_sharded=True)

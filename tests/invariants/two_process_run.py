@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from torch.distributed.tensor import DTensor
 
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
+from tests.sharding import whole
 from tests.tiny_preferences import (
     QUIET,
     RecordGradients,
@@ -38,6 +40,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "reward": {"num_heads": 2, "center_rewards_coefficient": 0.1},
     "reward in pieces": {"gradient_accumulation_steps": 2, "max_tokens_per_forward": 40},
 }
+# Without `max_tokens_per_forward`, which is refused where weights are sharded.
+SHARDED: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "activation checkpointing": {"activation_checkpointing": True, "tie_word_embeddings": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "ld_alpha": 0.5},
+    "clipped": {"max_grad_norm": 0.1, "loss_type": "ipo"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    "kto": {"loss_type": "kto", "beta": 0.5},
+    "reward": {"num_heads": 2, "center_rewards_coefficient": 0.1},
+}
 REWARD_METRICS = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "accuracy_low", "calibration_error")
 LOGGED = ("loss", "grad_norm", "eval_loss", *REWARD_METRICS, *(f"eval_{name}" for name in REWARD_METRICS))
 LOGGED_PREFIXES = ("rewards/", "logps/", "eval_rewards/", "eval_logps/")
@@ -53,8 +66,9 @@ def rows(count: int, *, seed: int, labelled: bool) -> Dataset:
     return Dataset.from_list(made)
 
 
-def run(folder: Path, name: str, options: dict[str, Any], processes: int) -> dict[str, Any]:
+def run(folder: Path, name: str, scenario: dict[str, Any], processes: int) -> dict[str, Any]:
     """Train two steps and evaluate; return what every number of processes must agree on."""
+    options = dict(scenario)
     accumulation = options.get("gradient_accumulation_steps", 1)
     labelled = options.get("loss_type") == "kto"
     recorder = RecordGradients()
@@ -70,9 +84,10 @@ def run(folder: Path, name: str, options: dict[str, Any], processes: int) -> dic
         "logging_steps": 1,
         "use_cpu": True,
     }
+    model = tiny_model("llama", tie_word_embeddings=options.pop("tie_word_embeddings", False))
     make, config = (RewardTrainer, RewardConfig) if name.startswith("reward") else (DPOTrainer, DPOConfig)
     trainer = make(
-        tiny_model("llama"),
+        model,
         args=config(str(folder / "run"), **{**settings, **QUIET, **options}),
         train_dataset=rows(2 * GLOBAL_BATCH, seed=0, labelled=labelled),
         # Not divisible: processes get repeated rows to fill their last batches, which must not count. (The KL estimate
@@ -92,19 +107,20 @@ def run(folder: Path, name: str, options: dict[str, Any], processes: int) -> dic
     ]
     return {
         "gradients": recorder.steps,
-        "weights": {name: weight.detach().clone() for name, weight in adapter_weights(trainer.model).items()},
+        "weights": {name: whole(weight.detach()).clone() for name, weight in adapter_weights(trainer.model).items()},
+        "is_sharded": any(isinstance(weight, DTensor) for weight in adapter_weights(trainer.model).values()),
         "logs": [entry for entry in logs if entry],
     }
 
 
-def main(folder: Path, processes: int) -> None:
-    """Run every scenario; the first process saves the results."""
+def main(folder: Path, scenarios: dict[str, dict[str, Any]], processes: int) -> None:
+    """Run the scenarios; the first process saves the results."""
     disable_progress_bars()
     torch.set_num_threads(1)
-    results = {name: run(folder, name, options, processes) for name, options in SCENARIOS.items()}
+    results = {name: run(folder, name, scenario, processes) for name, scenario in scenarios.items()}
     if processes == 1 or torch.distributed.get_rank() == 0:
         torch.save(results, folder / f"{processes}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), processes=2)
+    main(Path(sys.argv[1]), SCENARIOS, processes=2)
