@@ -9,12 +9,16 @@ taken (Eckart-Young, by QR and a small SVD), and the relative error is returned.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from alignkit.errors import ConfigError
 from alignkit.models.adapters import REFERENCE_ADAPTER
@@ -67,6 +71,26 @@ def sync_reference_adapter(model: PeftModel, policy: str, *, alpha: float) -> fl
         high.copy_(new_b)
         worst = max(worst, error)
     return worst
+
+
+def load_synced_reference(model: PeftModel, folder: Path) -> None:
+    """Load the reference adapter out of a checkpoint into a model whose weights are sharded.
+
+    FSDP's own part of a checkpoint holds what is trained alone, and nothing else of it is read. The adapter's folder
+    beside it is whole; every process reads it and keeps its shards.
+
+    Args:
+        model: the sharded model.
+        folder: the checkpoint.
+
+    Raises:
+        OSError, LookupError: the adapter is not there, or lacks a weight.
+    """
+    saved = load_file(folder / REFERENCE_ADAPTER / SAFETENSORS_WEIGHTS_NAME)
+    part = f".{REFERENCE_ADAPTER}."
+    names = [name for name, _ in model.named_parameters() if part in name]
+    named: dict[str, Any] = {name: saved[name.replace(part, ".")] for name in names}
+    set_model_state_dict(model, named, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def _best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -35,6 +35,7 @@ from alignkit.checkpoint.manifest import read_manifest
 from alignkit.checkpoint.space import require_space
 from alignkit.checkpoint.states import Stateful, States, read_states
 from alignkit.errors import CheckpointError
+from alignkit.models.reference_sync import load_synced_reference
 from alignkit.trainers.boundary import Boundary, random_states, set_random_states
 from alignkit.trainers.boundary_callback import ExportedState, KeepBoundaries, Rest
 from alignkit.trainers.outsiders import Outsiders
@@ -314,6 +315,8 @@ class KeepsCheckpoints(SavesWhole):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if Version(transformers.__version__) < Version("5.23"):
                 self._load_default_adapter(Path(resume_from_checkpoint))
+            if self.is_fsdp_enabled and self.states_hold_reference:
+                load_synced_reference(self.bundle.model, Path(resume_from_checkpoint))
 
     def _load_default_adapter(self, folder: Path) -> None:
         """Load the adapter that lies beside the folders of others, which older releases load alone."""

@@ -30,7 +30,7 @@ DIFFERENCES: dict[str, str] = {
     "f_alpha_divergence_coef": "an error unless `f_divergence_type='alpha_divergence'`",
     "discopop_tau": "an error unless 'discopop' is among the losses",
     "use_weighting": "an error for 'kto' too, which has no pairs to weight",
-    "sync_ref_model": "works with LoRA; an error if no loss reads a reference",
+    "sync_ref_model": "works with LoRA; an error if no loss reads a reference, and with DeepSpeed",
     "ref_model_mixup_alpha": "an error without `sync_ref_model`",
     "ref_model_sync_steps": "an error without `sync_ref_model`",
     "precompute_ref_log_probs": "cached on disk under what it depends on; an error if no loss reads a reference",

@@ -143,7 +143,7 @@ class DPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_devices(args, is_fsdp=self.is_fsdp_enabled, has_reference=self.bundle.reference is not None)
+        check_devices(args, self.accelerator.distributed_type, has_reference=self.bundle.reference is not None)
         self.objective = Objective.from_config(args, self._average_kl)
         self._passes = passes_of(self)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}

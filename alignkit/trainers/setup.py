@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -300,12 +301,12 @@ def build_tokenizer(
     return with_pad_token(processing_class)
 
 
-def check_devices(args: DPOConfig, *, is_fsdp: bool, has_reference: bool) -> None:
+def check_devices(args: DPOConfig, distributed: DistributedType, *, has_reference: bool) -> None:
     """Refuse what would run wrong on the processes and devices that Trainer found.
 
     Args:
         args: of the run.
-        is_fsdp: whether FSDP shards the policy.
+        distributed: how the processes share the policy.
         has_reference: whether the reference is a model of its own.
 
     Raises:
@@ -314,7 +315,12 @@ def check_devices(args: DPOConfig, *, is_fsdp: bool, has_reference: bool) -> Non
     refuse_data_parallel(args)
     if is_deepspeed_zero3_enabled() and (has_reference or args.precompute_ref_log_probs):
         raise ConfigError("ZeRO-3 works with neither a separate reference nor precompute_ref_log_probs: use LoRA")
-    if is_fsdp and has_reference:
+    if distributed == DistributedType.DEEPSPEED and args.sync_ref_model:
+        raise ConfigError(
+            "sync_ref_model moves weights that DeepSpeed's checkpoints leave out, so the run could not go on from one: "
+            "use DDP or FSDP2, or leave sync_ref_model out"
+        )
+    if distributed == DistributedType.FSDP and has_reference:
         raise ConfigError("a separate reference model is not sharded by FSDP: use LoRA, or precompute_ref_log_probs")
 
 

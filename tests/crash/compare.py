@@ -26,7 +26,7 @@ MEASURED = (
 )
 # Of one process alone: hashes of its files (which are compared themselves), how often it saved, where and when.
 OWN = {MANIFEST: ("files", "seal", "sequence"), "run_record.json": ("usage", "output_dir", "logging_dir", "command")}
-TENSORS, PICKLES, TREES, LINES = (".safetensors",), (".pt", ".pth"), (".json",), (".jsonl",)
+TENSORS, PICKLES, TREES, LINES = (".safetensors",), (".pt", ".pth", ".bin"), (".json",), (".jsonl",)
 
 
 def differences(found: Path, expected: Path) -> list[str]:

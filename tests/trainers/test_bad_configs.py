@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from alignkit.errors import ConfigError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_checks import NEEDS, RANGES
 from alignkit.trainers.dpo import DPOTrainer
+from alignkit.trainers.setup import check_devices
 from tests.model_factory import tiny_model
 from tests.tiny_preferences import QUIET, character_tokenizer, lora, token_rows
 
@@ -289,3 +292,11 @@ def test_a_stream_without_an_end_is_refused(tmp_path):
             peft_config=lora(),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_moving_reference_is_refused_with_deepspeed(tmp_path: Path) -> None:
+    """Its checkpoints leave frozen weights out, and a moving reference is frozen."""
+    args = DPOConfig(str(tmp_path), sync_ref_model=True, bf16=False, report_to=[])
+    check_devices(args, DistributedType.FSDP, has_reference=False)
+    with pytest.raises(ConfigError, match="sync_ref_model moves weights that DeepSpeed's checkpoints leave out"):
+        check_devices(args, DistributedType.DEEPSPEED, has_reference=False)

@@ -1,0 +1,13 @@
+"""Resumes of runs whose weights are sharded: to be started by `tests.sharding.launch` with FOLDER CASE..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.resume.two_process_run import main
+from tests.sharding import sharded
+
+if __name__ == "__main__":
+    with sharded():
+        main(Path(sys.argv[1]), sys.argv[2:])
