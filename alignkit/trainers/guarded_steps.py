@@ -59,6 +59,7 @@ class GuardsSteps(_Base):
     states: States
     reports: Any
     _passes: Any
+    _description: Callable[[], dict[str, Any]]
     _forget_minibatch: Callable[[], None]
     _micro_batches: list[Any]
     _scaler: PauseScaler
@@ -256,6 +257,8 @@ class GuardsSteps(_Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and say which rows gave a number that is not finite."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            self._shard()
         self.guard.begin_step()
         output = super().evaluation_loop(*args, **kwargs)
         bad = self.guard.bad_quantities()
@@ -268,6 +271,14 @@ class GuardsSteps(_Base):
                 )
         self.guard.begin_step()
         return output
+
+    def _shard(self) -> None:
+        """Shard model and optimizer before an evaluation that precedes training; Trainer's way there is an error."""
+        if self.train_dataset is not None:
+            self._description()  # which hashes whole weights
+        self.create_optimizer()
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = self.args.metric_for_best_model or ""

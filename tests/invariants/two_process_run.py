@@ -46,6 +46,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True, "tie_word_embeddings": True},
     "accumulation": {"gradient_accumulation_steps": 2, "ld_alpha": 0.5},
     "clipped": {"max_grad_norm": 0.1, "loss_type": "ipo"},
+    "evaluated before": {"is_evaluated_before": True},
     "precomputed": {"precompute_ref_log_probs": True},
     "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
     "kto": {"loss_type": "kto", "beta": 0.5},
@@ -69,6 +70,7 @@ def rows(count: int, *, seed: int, labelled: bool) -> Dataset:
 def run(folder: Path, name: str, scenario: dict[str, Any], processes: int) -> dict[str, Any]:
     """Train two steps and evaluate; return what every number of processes must agree on."""
     options = dict(scenario)
+    is_evaluated_before = options.pop("is_evaluated_before", False)
     accumulation = options.get("gradient_accumulation_steps", 1)
     labelled = options.get("loss_type") == "kto"
     recorder = RecordGradients()
@@ -99,6 +101,8 @@ def run(folder: Path, name: str, scenario: dict[str, Any], processes: int) -> di
     )
     assert trainer.accelerator.num_processes == processes
     randomise_adapter(trainer.model, seed=8)
+    if is_evaluated_before:  # as recipes do
+        trainer.predict(trainer.eval_dataset)
     trainer.train()
     trainer.evaluate()
     logs = [
