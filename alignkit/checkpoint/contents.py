@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,16 +25,23 @@ from alignkit.models.untrusted.tensors import read_header
 from alignkit.models.untrusted.torch_files import check_torch_file
 
 _STATES = (".pt", ".pth")  # optimizer, scheduler, scaler, random generators
+# What Trainer computes with, or adds to, without a look at it.
+_STATE_FIELDS: dict[str, Any] = {
+    "epoch": int | float | None,
+    "train_batch_size": int | None,
+    "num_input_tokens_seen": int,
+    "total_flos": int | float,
+    "log_history": list,
+    "best_metric": int | float | None,
+}
 _MAX_JSON_BYTES = 2**30  # the log of a long run; tokenizers
 
 
 def check_weights(folder: Path) -> int:
     """Look over the weights of a checkpoint, and the state of its Trainer; return the step that it was made at.
 
-    That is 0 where it has no such state: Trainer begins anew with its weights.
-
     Raises:
-        CheckpointError: links, malformed files, weights that are pickles, or a Trainer's state that is none.
+        CheckpointError: links, malformed files, weights that are pickles, or a Trainer's state that is missing or none.
     """
     for path in _files(folder):
         check_regular(path, folder=folder, error=CheckpointError)
@@ -46,11 +54,19 @@ def check_weights(folder: Path) -> int:
             raise CheckpointError(f"'{path.parent}' holds no safetensors but '{path.name}'. {CONVERT}")
     path = folder / TRAINER_STATE_NAME
     if not path.is_file():
-        return 0
+        raise CheckpointError(
+            f"'{folder}' holds no {TRAINER_STATE_NAME}, so it is no checkpoint. To begin with weights that lie there, "
+            "give it as the model."
+        )
     with as_checkpoint_errors(path):
-        step = TrainerState.load_from_json(str(path)).global_step
+        state = TrainerState.load_from_json(str(path))
+        step = state.global_step
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"it was made at step {step!r}")
+        for name, kind in _STATE_FIELDS.items():
+            value = vars(state)[name]
+            if not isinstance(value, kind):
+                raise ValueError(f"its {name} is of the type {type(value).__name__}")
     return step
 
 

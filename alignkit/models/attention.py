@@ -81,7 +81,7 @@ def _calls(block: Block) -> Iterator[Call]:
 
 
 def keep_soft_caps(model: PreTrainedModel) -> None:
-    """Take a model off SDPA where that leaves the soft cap of its attention out, as it does until transformers 5.22."""
+    """Take a model off SDPA where that leaves the soft cap of its attention out, as transformers 5.20 does."""
     capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None
     if capped and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")

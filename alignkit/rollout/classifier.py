@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ConfigError, ModelError, nearest
+from alignkit.models.attention import keep_soft_caps
 from alignkit.rollout.reward import ComponentScores, RewardError, RewardFault, RewardInputs, single_component
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class ClassifierReward:
         batch_tokens: int = 8192,
     ) -> None:
         self._base = base_of(model)
+        keep_soft_caps(self._base)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"a reward model needs its tokenizer, not {type(tokenizer).__name__}")
         self.names = (name or model_name(self._base),)

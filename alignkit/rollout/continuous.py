@@ -9,7 +9,6 @@ argument here.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    __version__,
 )
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
@@ -35,15 +33,6 @@ from alignkit.models.probe import cannot_pack
 from alignkit.rollout.engine import Completion, Endings, Sampling, check_request, draw_tokens, token_uniforms
 from alignkit.rollout.hf import base_of, evaluate, evaluating
 
-# What this engine sets; older versions of transformers lack some of it.
-_OPTIONS = {
-    "page_size",
-    "num_blocks",
-    "max_batch_tokens",
-    "use_cuda_graph",
-    "use_async_batching",
-    "auto_switch_to_flash",
-}
 # Seconds between looks at whether the thread that generates is still alive.
 _POLL_SECONDS = 1.0
 
@@ -63,7 +52,7 @@ class ContinuousEngine:
         attention: attention implementation during generation, `"sdpa"` or one of transformers' flash kernels.
 
     Raises:
-        ConfigError: a bound below 1, a cache that is smaller than a page, or a transformers that is too old.
+        ConfigError: a bound below 1, or a cache that is smaller than a page.
         ModelError: a model that cannot run this way.
     """
 
@@ -83,8 +72,6 @@ class ContinuousEngine:
             raise ConfigError(f"page_tokens={page_tokens} must be at least 4")
         if max_cache_tokens < page_tokens:
             raise ConfigError(f"max_cache_tokens={max_cache_tokens} is less than one page of {page_tokens} tokens")
-        if not {field.name for field in dataclasses.fields(ContinuousBatchingConfig)} >= _OPTIONS:
-            raise ConfigError(f"continuous batching needs transformers 5.23, not {__version__}: use the 'hf' engine")
         self.model = base_of(model)
         _check_model(self.model, attention)
         self.tokenizer, self.attention = tokenizer, attention

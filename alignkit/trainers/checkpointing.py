@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, has_length
 
+from alignkit.checkpoint.adapters import load_adapters
 from alignkit.checkpoint.atomic import tidy
 from alignkit.checkpoint.contents import as_checkpoint_errors, check_contents, check_weights
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified, saves_after
@@ -305,27 +303,24 @@ class KeepsCheckpoints(SavesWhole):
             logger.warning("weights_only_resume: optimizer, random numbers and logging windows begin anew.")
             if isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
                 return  # it follows evaluations, which begin anew too
+            steps = min(self.state.global_step, self.state.max_steps)  # a run that is over needs no schedule
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-                for _ in range(self.state.global_step):  # the schedule alone is a function of the step
+                for _ in range(steps):  # the schedule alone is a function of the step
                     self.lr_scheduler.step()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with as_checkpoint_errors(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if Version(transformers.__version__) < Version("5.23"):
-                self._load_default_adapter(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        with as_checkpoint_errors(folder):
+            if self._is_of_adapters():
+                load_adapters(self.model, folder)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.is_fsdp_enabled and self.states_hold_reference:
-                load_synced_reference(self.bundle.model, Path(resume_from_checkpoint))
+                load_synced_reference(self.bundle.model, folder)
 
-    def _load_default_adapter(self, folder: Path) -> None:
-        """Load the adapter that lies beside the folders of others, which older releases load alone."""
-        model, name = self.model, "default"
-        is_beside = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
-        if is_beside and isinstance(model, PeftModel) and len(model.peft_config) > 1:
-            active = model.active_adapters[0]
-            model.load_adapter(str(folder), name, is_trainable=active == name)
-            model.set_adapter(active)
+    def _is_of_adapters(self) -> bool:
+        return isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
@@ -333,7 +328,10 @@ class KeepsCheckpoints(SavesWhole):
             check_weights(best)
         self._resumable = None  # weights are no longer those of the last step: a signal finds what was saved before
         with as_checkpoint_errors(best):
-            super()._load_best_model()
+            if self._is_of_adapters() and best.is_dir():  # Trainer finds an adapter by the name "default" alone
+                load_adapters(self.model, best)
+            else:
+                super()._load_best_model()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # With a limit of 1, Trainer would remove every checkpoint but the best: the newest, and those that others made.

@@ -168,6 +168,12 @@ def check_switches(args: EngineConfig) -> None:
             refuse(args, field.name, "must be True or False, and any text would count as True")
 
 
+def check_output_dir(args: EngineConfig) -> None:
+    """Text that names no folder, such as that of a variable which was never set; None is transformers' default."""
+    if args.output_dir is not None and (not str(args.output_dir) or "\0" in str(args.output_dir)):
+        refuse(args, "output_dir", "names no folder; give a path, or '.' for the folder that you are in")
+
+
 def check_layout(args: EngineConfig) -> None:
     """Layouts that are unknown."""
     if args.layout not in LAYOUTS:
@@ -215,6 +221,7 @@ def check_model_init_kwargs(args: EngineConfig) -> None:
 
 ENGINE_CHECKS: tuple[Check, ...] = (
     check_switches,
+    check_output_dir,
     check_layout,
     check_padding_multiple,
     check_token_budget,

@@ -112,6 +112,15 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"trainer_state\.json' does not fit this run: it was made at step 'many'",
     ),
     "trainer's state with more fields": (edited("trainer_state.json", evil=1), r"trainer_state\.json' does not fit"),
+    "trainer's state whose log is none": (
+        edited("trainer_state.json", log_history="x"),
+        r"its log_history is of .* str",
+    ),
+    "trainer's state whose batch is none": (
+        edited("trainer_state.json", train_batch_size="x"),
+        r"its train_batch_size is",
+    ),
+    "no trainer's state": (lambda f: (f / "trainer_state.json").unlink(), r"holds no trainer_state\.json"),
     "manifest nested deep": (lambda f: None, r"manifest\.json cannot be read"),
 }
 
@@ -131,6 +140,18 @@ def test_weights_alone_are_looked_over_too(spoil: Any, checkpoints: dict[str, Pa
     folder = spoiled(checkpoints["dpo"], tmp_path, spoil)
     text = refuse(resume("dpo", folder, tmp_path, weights_only_resume=True))
     assert "adapter_model" in text
+
+
+def test_weights_alone_without_a_step_are_refused(checkpoints: dict[str, Path], tmp_path: Path):
+    folder = spoiled(checkpoints["dpo"], tmp_path, lambda folder: (folder / "trainer_state.json").unlink())
+    text = refuse(resume("dpo", folder, tmp_path, weights_only_resume=True))
+    assert "holds no trainer_state.json, so it is no checkpoint" in text
+
+
+def test_weights_alone_of_an_endless_run_end_at_once(checkpoints: dict[str, Path], tmp_path: Path):
+    """The schedule is brought to the step that a state names, of which there may be too many to count."""
+    folder = spoiled(checkpoints["dpo"], tmp_path, edited("trainer_state.json", global_step=10**12))
+    assert attempt(resume("dpo", folder, tmp_path, weights_only_resume=True)) is None
 
 
 def test_weights_alone_let_the_optimizer_lie(checkpoints: dict[str, Path], tmp_path: Path):

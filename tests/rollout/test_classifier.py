@@ -237,6 +237,15 @@ def test_what_was_changed_comes_back_after_an_error(word_tokenizer: PreTrainedTo
 
 
 @PLAIN_PEFT
+def test_attention_keeps_its_soft_cap(word_tokenizer: PreTrainedTokenizerBase) -> None:
+    found, expected = (smol_classifier(word_tokenizer, "gemma2") for _ in range(2))
+    expected.set_attn_implementation("eager")
+    scores = [
+        scores_of(ClassifierReward(model, word_tokenizer), samples("w1 w2", "w2 w3 w1")) for model in (found, expected)
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 def test_an_adapter_on_a_classifier(word_tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
     base = words(word_tokenizer)

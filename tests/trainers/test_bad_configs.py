@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import DistributedType
 from datasets import Dataset
 
-from alignkit.errors import ConfigError
+from alignkit.errors import CheckpointError, ConfigError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_checks import NEEDS, RANGES
 from alignkit.trainers.dpo import DPOTrainer
@@ -300,3 +300,26 @@ def test_a_moving_reference_is_refused_with_deepspeed(tmp_path: Path) -> None:
     check_devices(args, DistributedType.FSDP, has_reference=False)
     with pytest.raises(ConfigError, match="sync_ref_model moves weights that DeepSpeed's checkpoints leave out"):
         check_devices(args, DistributedType.DEEPSPEED, has_reference=False)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_an_output_directory_without_a_name_is_refused(name):
+    with pytest.raises(ConfigError, match=r"output_dir=.*names no folder"):
+        DPOConfig(output_dir=name)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "dangling", "dangling/run", "loop/run", "n" * 300])
+def test_an_output_directory_that_cannot_be_made_is_refused(name, tmp_path):
+    (tmp_path / "file").write_bytes(b"an earlier file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="nothing can be written into"):
+        DPOTrainer(
+            tiny_model("llama"),
+            args=DPOConfig(str(tmp_path / name), learning_rate=1e-3, **QUIET),
+            train_dataset=token_rows(4),
+            processing_class=character_tokenizer(),
+            peft_config=lora(),
+        )
+    assert sorted(tmp_path.iterdir()) == before

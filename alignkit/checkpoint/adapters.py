@@ -1,0 +1,45 @@
+"""The adapters of a checkpoint, loaded into those that a model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from alignkit.errors import CheckpointError
+
+DEFAULT = "default"  # PEFT saves this one into the folder itself, and others into folders of their names
+
+
+def load_adapters(model: PeftModel, folder: Path) -> None:
+    """Load what a checkpoint holds of a model's adapters.
+
+    Adapters that the model lacks are let be. Trainer would add them, and leave the one in training as it was.
+
+    Args:
+        model: whose active adapter stays the active one. A single adapter that lies in `folder` itself is taken for it.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: the active adapter is not among those that the checkpoint holds, or weights of one are missing
+            or too many, as those of an adapter on other layers.
+    """
+    active = model.active_adapters[0]
+    places = {path.parent.name: path.parent for path in folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")}
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        places[DEFAULT if places else active] = folder
+    if active not in places:
+        raise CheckpointError(
+            f"'{folder}' holds the adapters {sorted(places)}, and this run trains '{active}'. Load the model with an "
+            "adapter of that name (adapter_name), or resume from another checkpoint."
+        )
+    for name in sorted(places.keys() & model.peft_config.keys()):
+        found = model.load_adapter(str(places[name]), name, is_trainable=name == active)
+        odd = [*found.missing_keys, *found.unexpected_keys]
+        if odd:  # PEFT would go on with what the adapter held before
+            raise CheckpointError(
+                f"'{places[name]}' holds other weights than the adapter '{name}' of this run, which is on other "
+                f"layers or has other options: {len(odd)} do not match, such as {odd[0]!r}."
+            )
+    model.set_adapter(active)
