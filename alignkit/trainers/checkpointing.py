@@ -312,15 +312,16 @@ class KeepsCheckpoints(SavesWhole):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         with as_checkpoint_errors(folder):
-            if self._is_of_adapters():
+            if isinstance(self.model, PeftModel) and not self._is_sharded:
                 load_adapters(self.model, folder)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.is_fsdp_enabled and self.states_hold_reference:
                 load_synced_reference(self.bundle.model, folder)
 
-    def _is_of_adapters(self) -> bool:
-        return isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
@@ -328,7 +329,8 @@ class KeepsCheckpoints(SavesWhole):
             check_weights(best)
         self._resumable = None  # weights are no longer those of the last step: a signal finds what was saved before
         with as_checkpoint_errors(best):
-            if self._is_of_adapters() and best.is_dir():  # Trainer finds an adapter by the name "default" alone
+            if isinstance(self.model, PeftModel) and best.is_dir() and not self._is_sharded:
+                # Trainer finds one adapter alone, and that by the name "default".
                 load_adapters(self.model, best)
             else:
                 super()._load_best_model()

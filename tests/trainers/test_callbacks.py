@@ -157,3 +157,10 @@ def test_reentrant_checkpointing_is_left_to_trainer():
     bundle = our_bundle()
     bundle.protect_checkpointing({"use_reentrant": True})
     assert not is_checkpointing(bundle.base)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_only_some_layers_are_checkpointed(every: int):
+    bundle = our_bundle()
+    bundle.protect_checkpointing({"use_reentrant": False, "every_n_layers": every})
+    assert sum(layer.gradient_checkpointing for layer in bundle.base.model.layers) == 2 // every
