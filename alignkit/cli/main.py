@@ -1,11 +1,14 @@
 """The command `alignkit`: what is done to a run from the shell, each command beside its Python function.
 
-Exit codes: 0 done; 1 it cannot be done, and one line says why; 2 the command line is wrong; 130 interrupted.
+Exit codes: 0 done; 1 it cannot be done, and one line says why; 2 the command line is wrong; 130 interrupted;
+143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -30,9 +33,19 @@ app.command("export")(commands_export.export)
 
 
 def main() -> None:
-    """Run the command line; an error of alignkit's own is one line and exit code 1."""
+    """Run the command line; an error of alignkit's own is one line and exit code 1.
+
+    SIGTERM ends it by an exception, so that copies of models in temporary folders are removed.
+    """
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except AlignkitError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)

@@ -36,7 +36,14 @@ def hanging(hub: HubServer) -> Iterator[HubServer]:
 
 def interrupt(hub: HubServer, number: int, home: Path, *command: str) -> tuple[int, float, str]:
     """Start a process, send it the signal when it waits for its commit; code, seconds to its end, and what it said."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER_TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    (home.parent / "scratch").mkdir()
+    settings = {
+        "TMPDIR": str(home.parent / "scratch"),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": OWNER_TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment = {**inherited_environment(), **settings, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (home.parent / "said").open("w+") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
@@ -64,6 +71,7 @@ def test_a_signal_while_a_folder_is_published(
     assert code != 0, said
     assert seconds < 20
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
+    assert list((tmp_path / "scratch").glob("alignkit-*")) == []
     hanging.faults.clear()
     client.do("publish", folder=str(adapter), repo_id=name)
     assert "adapter_model.safetensors" in hanging.repo(name).files()
@@ -81,4 +89,5 @@ def test_a_signal_while_a_checkpoint_is_published(hanging: HubServer, base: Path
     code, seconds, said = interrupt(hanging, signal.SIGTERM, tmp_path / "home", *command)
     assert code == EXIT_RESUMABLE, said
     assert seconds < 20
+    assert list((tmp_path / "scratch").glob("alignkit-*")) == []
     assert newest_verified(tmp_path / "run").folder == tmp_path / "run" / "checkpoint-1"
