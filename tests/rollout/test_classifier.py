@@ -236,7 +236,6 @@ def test_what_was_changed_comes_back_after_an_error(word_tokenizer: PreTrainedTo
     assert model.config.pad_token_id is None
 
 
-@PLAIN_PEFT
 def test_attention_keeps_its_soft_cap(word_tokenizer: PreTrainedTokenizerBase) -> None:
     found, expected = (smol_classifier(word_tokenizer, "gemma2") for _ in range(2))
     expected.set_attn_implementation("eager")
@@ -246,6 +245,7 @@ def test_attention_keeps_its_soft_cap(word_tokenizer: PreTrainedTokenizerBase) -
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
+@PLAIN_PEFT
 def test_an_adapter_on_a_classifier(word_tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
     base = words(word_tokenizer)
