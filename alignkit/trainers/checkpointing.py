@@ -141,7 +141,7 @@ class KeepsCheckpoints(SavesWhole):
         alone = sole_writer(output_dir) if self.is_world_process_zero() else contextlib.nullcontext()
         with self._signals.listening(), alone:
             try:
-                folder = self._open_checkpoint(resume_from_checkpoint or False)
+                folder = self._open_checkpoint(False if resume_from_checkpoint is None else resume_from_checkpoint)
                 return super().train(folder, **kwargs)
             except Interrupted as interruption:
                 raise SystemExit(self._leave(interruption)) from None

@@ -121,6 +121,8 @@ def find_checkpoint(asked: str | bool, output_dir: Path, *, weights_only: bool) 
         asked = asked.lower() == "true"
     if asked is False:
         return None
+    if isinstance(asked, str) and not asked.strip():  # of a variable that was never set
+        raise CheckpointError("resume_from_checkpoint names no checkpoint: give a path, 'auto', or leave it out")
     if isinstance(asked, str) and asked != AUTO:
         return _at(Path(asked), weights_only=weights_only)
     found = newest_verified(output_dir)

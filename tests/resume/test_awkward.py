@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified
 from alignkit.checkpoint.manifest import read_manifest
-from alignkit.errors import ConfigError
+from alignkit.errors import CheckpointError, ConfigError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
 from alignkit.trainers.signals import EXIT_RESUMABLE
@@ -42,6 +42,12 @@ def streamed_run(folder: Path, **options: Any) -> Trainer:
 def run(folder: Path, **options: Any) -> Any:
     """Six steps over two epochs, unless told otherwise."""
     return preference_run(folder, **{"per_device_train_batch_size": 2, **options})
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_name_that_is_empty_is_no_new_start(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="resume_from_checkpoint names no checkpoint"):
+        run(tmp_path).train(resume_from_checkpoint=name)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
