@@ -90,10 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             reply = self.server.respond(request)
             time.sleep(reply.pause_s)
-            if not reply.hang_up:
-                self._send(reply)
         finally:
-            self.server.leave()
+            self.server.leave()  # before it is answered: the client's next request may be here sooner than this thread
+        if not reply.hang_up:
+            self._send(reply)
 
     def do_GET(self) -> None:
         self.server.enter(Seen(self.path, dict(self.headers.items()), {}))

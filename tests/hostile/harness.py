@@ -7,19 +7,20 @@ a terminal can be shown.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from alignkit.errors import AlignkitError
@@ -145,18 +146,22 @@ def made_folder(name: str) -> Callable[[Path], None]:
 def attempt(load: Callable[[], Any]) -> BaseException | None:
     """Run a loader, and return what it raised; fail where anything ran, was written here, or took long."""
     assert not MARKER.exists()
-    here, began = _listing(Path.cwd()), time.monotonic()
     raised: BaseException | None = None
-    try:
-        load()
-    except Exception as error:  # noqa: BLE001 - which one it was is for the caller to judge
-        raised = error
-    seconds = time.monotonic() - began
+    # An empty folder of its own: into the one that tests run in, another process may be writing.
+    with tempfile.TemporaryDirectory() as here, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        began = time.monotonic()
+        try:
+            load()
+        except Exception as error:  # noqa: BLE001 - which one it was is for the caller to judge
+            raised = error
+        seconds = time.monotonic() - began
+        written = os.listdir(here)
     ran = MARKER.exists()
     if ran:
         MARKER.rmdir()
     assert not ran, "a pickle was run"
-    assert _listing(Path.cwd()) == here, "something was written to the working directory"
+    assert written == [], "something was written to the working directory"
     assert seconds < LONGEST_SECONDS, f"took {seconds:.1f} s"
     return raised
 
@@ -173,8 +178,3 @@ def refuse(load: Callable[[], Any]) -> str:
 def copy_of(folder: Path, target: Path) -> Path:
     """Copy a good folder, to be spoiled."""
     return shutil.copytree(folder, target)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.name not in (".pytest_cache", "__pycache__"))
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()
