@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from tests.model_factory import VOCAB_SIZE
-from tests.sharding import whole
+from tests.two_processes import whole
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 

@@ -1,4 +1,4 @@
-"""The runs of `two_process_run` with sharded weights: to be started by `tests.sharding.launch`."""
+"""The runs of `two_process_run` with sharded weights: to be started by `tests.two_processes.launch_sharded`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.invariants.two_process_run import SHARDED, main
-from tests.sharding import sharded
+from tests.two_processes import sharded
 
 if __name__ == "__main__":
     with sharded():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +10,10 @@ import torch
 from tests.invariants import ppo_two_process_run
 from tests.invariants.ppo_two_process_run import REWARD_MODEL, SCENARIOS
 from tests.tiny_preferences import assert_close_tensors
+from tests.two_processes import launch_copied
 
 pytestmark = pytest.mark.slow  # three Python processes import torch and transformers
 
-ROOT = Path(__file__).resolve().parents[2]
 RTOL = 1e-4
 
 
@@ -25,11 +21,7 @@ RTOL = 1e-4
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """What every scenario left: with one process, with two."""
     folder = tmp_path_factory.mktemp("processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += ["-m", ppo_two_process_run.__name__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder)}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch_copied(ppo_two_process_run, str(folder), cache=folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
         ppo_two_process_run.main(folder, processes=1)

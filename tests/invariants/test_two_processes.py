@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +10,11 @@ import torch
 
 from tests.invariants import sharded_run, two_process_run
 from tests.invariants.two_process_run import SCENARIOS, SHARDED
-from tests.sharding import launch
 from tests.tiny_preferences import assert_close_tensors
+from tests.two_processes import launch_copied, launch_sharded
 
 pytestmark = pytest.mark.slow  # three Python processes import torch and transformers
 
-ROOT = Path(__file__).resolve().parents[2]
 RTOL = 1e-5
 
 
@@ -41,11 +37,7 @@ def results_in(folder: Path, scenarios: dict[str, dict[str, Any]]) -> Results:
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """DDP over gloo."""
     folder = tmp_path_factory.mktemp("copied")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", two_process_run.__name__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch_copied(two_process_run, str(folder), cache=folder)
     return results_in(folder, SCENARIOS)
 
 
@@ -53,7 +45,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """FSDP2 over gloo."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch(sharded_run, str(folder), cache=folder)
+    launch_sharded(sharded_run, str(folder), cache=folder)
     return results_in(folder, SHARDED)
 
 

@@ -19,7 +19,6 @@ from alignkit.trainers.dpo import DPOTrainer
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
-from tests.sharding import whole
 from tests.tiny_preferences import (
     QUIET,
     RecordGradients,
@@ -29,6 +28,7 @@ from tests.tiny_preferences import (
     randomise_adapter,
     token_rows,
 )
+from tests.two_processes import whole
 
 GLOBAL_BATCH = 8
 SCENARIOS: dict[str, dict[str, Any]] = {

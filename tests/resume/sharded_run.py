@@ -1,4 +1,4 @@
-"""Resumes of runs whose weights are sharded: to be started by `tests.sharding.launch` with FOLDER CASE..."""
+"""Resumes of runs whose weights are sharded: `tests.two_processes.launch_sharded` starts it with FOLDER CASE..."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.resume.two_process_run import main
-from tests.sharding import sharded
+from tests.two_processes import sharded
 
 if __name__ == "__main__":
     with sharded():

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.resume import sharded_run, two_process_run
-from tests.sharding import launch
+from tests.two_processes import launch_copied, launch_sharded
 
 pytestmark = pytest.mark.slow  # Python processes that import torch and transformers
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "preferences": ("sigmoid", "synced adapter", "synced model", "kto"),
     "evaluations and rollouts": ("best at the end", "rewards", "adaptive kl", "rollouts cut short"),
@@ -26,16 +22,12 @@ SHARDED = ("sigmoid", "synced adapter", "best at the end", "rewards")
 
 @pytest.mark.parametrize("group", CASES)
 def test_every_step_in_two_processes(group: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", two_process_run.__name__, str(tmp_path), *CASES[group]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch_copied(two_process_run, str(tmp_path), *CASES[group], cache=tmp_path)
     check(tmp_path, CASES[group])
 
 
 def test_every_step_with_sharded_weights(tmp_path: Path) -> None:
-    launch(sharded_run, str(tmp_path), *SHARDED, cache=tmp_path)
+    launch_sharded(sharded_run, str(tmp_path), *SHARDED, cache=tmp_path)
     # torch gives the two numbers of a sharded optimizer's `betas` back as a list.
     check(tmp_path, SHARDED, but="['betas'] is list, not tuple")
 
