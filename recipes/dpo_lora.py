@@ -78,7 +78,9 @@ def main() -> None:
         answers = compare_answers(trainer, prompts)
         record_preferences(trainer.record, before, after)
         record_answers(trainer.record, answers)
-        console.print(before_after_table(before, after), answers_table(answers))
+        console.print(before_after_table(before, after))
+        if answers:
+            console.print(answers_table(answers))
         console.print(finish_run(trainer.record, args.output_dir).lines(), markup=False, highlight=False)
         console.print(how_to_load(args.output_dir), markup=False, highlight=False)
     if args.push_to_hub:
