@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
@@ -315,9 +316,19 @@ class KeepsCheckpoints(SavesWhole):
             if isinstance(self.model, PeftModel) and not self._is_sharded:
                 load_adapters(self.model, folder)
             else:
+                self._reshard()
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self.is_fsdp_enabled and self.states_hold_reference:
-                load_synced_reference(self.bundle.model, folder)
+            self._load_sharded_reference(folder)
+
+    def _reshard(self) -> None:
+        """Let go of weights that FSDP2 has put together for an evaluation: nothing can be loaded into those."""
+        for module in self.bundle.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _load_sharded_reference(self, folder: Path) -> None:
+        if self.is_fsdp_enabled and self.states_hold_reference:
+            load_synced_reference(self.bundle.model, folder)
 
     @property
     def _is_sharded(self) -> bool:
@@ -333,7 +344,9 @@ class KeepsCheckpoints(SavesWhole):
                 # Trainer finds one adapter alone, and that by the name "default".
                 load_adapters(self.model, best)
             else:
+                self._reshard()
                 super()._load_best_model()
+                self._load_sharded_reference(best)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # With a limit of 1, Trainer would remove every checkpoint but the best: the newest, and those that others made.

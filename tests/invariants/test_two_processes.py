@@ -56,7 +56,9 @@ def check(results: Results, name: str, *, is_sharded: bool) -> None:
     for found, expected in zip(two["gradients"], one["gradients"], strict=True):
         assert_close_tensors(found, expected, rtol=RTOL)
     assert_close_tensors(two["weights"], one["weights"], rtol=RTOL)
-    assert len(one["logs"]) == len(two["logs"]) == 3  # two steps and an evaluation
+    evaluations = 3 if name.startswith("best") else 1
+    assert len(one["logs"]) == len(two["logs"]) == 2 + evaluations
+    assert one["best_step"] == two["best_step"] == (1 if name.startswith("best") else None)
     for found, expected in zip(two["logs"], one["logs"], strict=True):
         assert len(expected) >= 5
         assert found == pytest.approx(expected, rel=RTOL, abs=1e-6)

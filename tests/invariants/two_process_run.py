@@ -49,6 +49,18 @@ SHARDED: dict[str, dict[str, Any]] = {
     "evaluated before": {"is_evaluated_before": True},
     "precomputed": {"precompute_ref_log_probs": True},
     "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    # The second step is no better, so that no save follows its evaluation.
+    "best of a moving reference": {
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "best",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/margins",
+        "greater_is_better": False,
+    },
     "kto": {"loss_type": "kto", "beta": 0.5},
     "reward": {"num_heads": 2, "center_rewards_coefficient": 0.1},
 }
@@ -90,7 +102,7 @@ def run(folder: Path, name: str, scenario: dict[str, Any], processes: int) -> di
     make, config = (RewardTrainer, RewardConfig) if name.startswith("reward") else (DPOTrainer, DPOConfig)
     trainer = make(
         model,
-        args=config(str(folder / "run"), **{**settings, **QUIET, **options}),
+        args=config(str(folder / f"{name} {processes}"), **{**settings, **QUIET, **options}),
         train_dataset=rows(2 * GLOBAL_BATCH, seed=0, labelled=labelled),
         # Not divisible: processes get repeated rows to fill their last batches, which must not count. (The KL estimate
         # of KTO is a mean over a whole batch, so other batches would give other numbers.)
@@ -114,6 +126,7 @@ def run(folder: Path, name: str, scenario: dict[str, Any], processes: int) -> di
         "weights": {name: whole(weight.detach()).clone() for name, weight in adapter_weights(trainer.model).items()},
         "is_sharded": any(isinstance(weight, DTensor) for weight in adapter_weights(trainer.model).values()),
         "logs": [entry for entry in logs if entry],
+        "best_step": trainer.state.best_global_step,
     }
 
 

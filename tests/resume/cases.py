@@ -47,6 +47,7 @@ def preference_run(
     is_whole: bool = False,
     is_unpaired: bool = False,
     is_stream: bool = False,
+    is_evaluated_before: bool = False,
     callbacks: Callable[[], list[Any]] = list,
     **options: Any,
 ) -> Trainer:
@@ -57,6 +58,7 @@ def preference_run(
         is_whole: train the model itself.
         is_unpaired: rows of one completion and a label.
         is_stream: read the rows as a stream, which has no length.
+        is_evaluated_before: evaluate before training.
         callbacks: makes further ones.
         **options: of the configuration.
     """
@@ -78,6 +80,8 @@ def preference_run(
     )
     if not is_whole:
         randomise_adapter(trainer.model)
+    if is_evaluated_before:
+        trainer.evaluate()
     return trainer
 
 
@@ -164,6 +168,7 @@ PREFERENCE: dict[str, Case] = {
     "f-divergence": Case(preference_run, {"f_divergence_type": "js_divergence"}),
     "stopped early": Case(preference_run, {**BEST, "callbacks": _stopping}),
     "best at the end": Case(preference_run, {**BEST, "save_total_limit": 2}),
+    "evaluated before": Case(preference_run, {"is_evaluated_before": True}),
     "evaluated by epoch": Case(preference_run, {"eval_strategy": "epoch", "logging_first_step": True}),
     "rate by plateau": Case(
         preference_run,

@@ -17,7 +17,7 @@ CASES = {
     "evaluations and rollouts": ("best at the end", "rewards", "adaptive kl", "rollouts cut short"),
 }
 
-SHARDED = ("sigmoid", "synced adapter", "best at the end", "rewards")
+SHARDED = ("sigmoid", "synced adapter", "best at the end", "rewards", "evaluated before")
 
 
 @pytest.mark.parametrize("group", CASES)
