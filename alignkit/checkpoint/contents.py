@@ -34,6 +34,7 @@ _STATE_FIELDS: dict[str, Any] = {
     "log_history": list,
     "best_metric": int | float | None,
 }
+_SHARDS = (".distcp", ".metadata")  # of torch.distributed.checkpoint, which unpickles them
 _MAX_JSON_BYTES = 2**30  # the log of a long run; tokenizers
 
 
@@ -41,10 +42,16 @@ def check_weights(folder: Path) -> int:
     """Look over the weights of a checkpoint, and the state of its Trainer; return the step that it was made at.
 
     Raises:
-        CheckpointError: links, malformed files, weights that are pickles, or a Trainer's state that is missing or none.
+        CheckpointError: links, malformed files, weights that are pickles or FSDP's shards, or a Trainer's state that is
+            missing or none.
     """
     for path in _files(folder):
         check_regular(path, folder=folder, error=CheckpointError)
+        if path.name.endswith(_SHARDS):
+            raise CheckpointError(
+                f"'{path}' is one of FSDP's shards, which are pickles and can run anything: they are not read. Resume "
+                "from a checkpoint that was saved with fsdp_state_dict_type: FULL_STATE_DICT."
+            )
         if path.suffix == ".safetensors":
             read_header(path, folder=folder, error=CheckpointError)
         elif path.suffix == ".json":

@@ -12,6 +12,7 @@ from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.fsdp import StateDictType
 
 from alignkit.data.collate import pairs_of, split_batch
 from alignkit.data.layout import Layout, group_costs, layout_function, padded, token_bounded_chunks
@@ -92,8 +93,14 @@ class Passes:
 
 
 def passes_of(trainer: Any) -> Passes:
-    """The passes of a trainer that has a `bundle`, once its own Trainer is made."""
+    """The passes of a trainer that has a `bundle`, once its own Trainer is made.
+
+    Raises:
+        ConfigError: a budget that the devices do not allow, or FSDP that saves weights in shards.
+    """
     args, accelerator = trainer.args, trainer.accelerator
+    if trainer.is_fsdp_enabled:
+        refuse_sharded_saves(accelerator.state.fsdp_plugin.state_dict_type)
     return Passes(
         trainer.bundle,
         args,
@@ -169,6 +176,22 @@ def accelerator_arguments(arguments: dict[str, Any], model: nn.Module) -> dict[s
     if isinstance(model, PeftModel):
         arguments["kwargs_handlers"].append(AutocastKwargs(enabled=False))
     return arguments
+
+
+def refuse_sharded_saves(state_dict_type: StateDictType) -> None:
+    """Refuse FSDP's saves in shards: neither an adapter nor a model lies in what Trainer makes of them.
+
+    torch reads them by unpickling, too, so that a checkpoint could run anything.
+
+    Raises:
+        ConfigError: that is how FSDP would save, as accelerate has it do by default.
+    """
+    if state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ConfigError(
+            f"FSDP would save weights as {state_dict_type.name}: shards that nothing but FSDP can load, and no "
+            "adapter. Set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration, as "
+            "recipes/accelerate/fsdp2.yaml does."
+        )
 
 
 def refuse_data_parallel(args: EngineConfig) -> None:

@@ -169,6 +169,21 @@ def test_best_checkpoint_that_a_state_names_elsewhere_is_looked_over(checkpoints
     assert "adapter_model.bin" in refuse(trainer._load_best_model)
 
 
+@pytest.mark.parametrize("options", [{}, {"weights_only_resume": True}])
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata", "__0_0.distcp"])
+def test_shards_of_fsdp_are_not_opened(
+    name: str, options: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+):
+    """PyTorch unpickles them. A folder of this name says to Trainer that the checkpoint is FSDP's."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "pytorch_model_fsdp_0").mkdir()
+        (folder / "pytorch_model_fsdp_0" / name).write_bytes(bare_pickle())
+
+    text = refuse(resume("dpo", spoiled(checkpoints["dpo"], tmp_path, spoil), tmp_path, **options))
+    assert f"{name}' is one of FSDP's shards" in text
+
+
 def test_unsealed_checkpoint_with_a_pickle_is_not_opened(checkpoints: dict[str, Path], tmp_path: Path):
     folder = Path(shutil.copytree(checkpoints["dpo"], tmp_path / "checkpoint-1"))
     (folder / "training_args.bin").write_bytes(hostile_archive())

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.fsdp import StateDictType
 
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.config_checks import NEEDS, RANGES
 from alignkit.trainers.dpo import DPOTrainer
+from alignkit.trainers.passes import refuse_sharded_saves
 from alignkit.trainers.setup import check_devices
 from tests.model_factory import tiny_model
 from tests.tiny_preferences import QUIET, character_tokenizer, lora, token_rows
@@ -300,6 +302,12 @@ def test_a_moving_reference_is_refused_with_deepspeed(tmp_path: Path) -> None:
     check_devices(args, DistributedType.FSDP, has_reference=False)
     with pytest.raises(ConfigError, match="sync_ref_model moves weights that DeepSpeed's checkpoints leave out"):
         check_devices(args, DistributedType.DEEPSPEED, has_reference=False)
+
+
+def test_saves_in_shards_are_refused() -> None:
+    refuse_sharded_saves(StateDictType.FULL_STATE_DICT)
+    with pytest.raises(ConfigError, match=r"as SHARDED_STATE_DICT.*fsdp_state_dict_type: FULL_STATE_DICT"):
+        refuse_sharded_saves(StateDictType.SHARDED_STATE_DICT)
 
 
 @pytest.mark.parametrize("name", ["", "a\0b"])
