@@ -155,7 +155,7 @@ def check_ids(policy: PolicyModel, groups: Sequence[Sequence[Ids]]) -> None:
 @contextlib.contextmanager
 def _ready(bundle: ModelBundle) -> Iterator[None]:
     """Evaluation mode, and afterwards the attention that the model came with."""
-    own = bundle.attention_implementation
+    own = bundle.attention_implementations
     separate = contextlib.nullcontext() if bundle.reference is None else evaluating(bundle.reference)
     try:
         with torch.no_grad(), evaluating(bundle.model), separate:

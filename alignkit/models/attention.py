@@ -82,8 +82,9 @@ def _calls(block: Block) -> Iterator[Call]:
 
 def keep_soft_caps(model: PreTrainedModel) -> None:
     """Take a model off SDPA where that leaves the soft cap of its attention out, as transformers 5.20 does."""
-    capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None
-    if capped and model.config._attn_implementation == "sdpa":
+    text = model.config.get_text_config()
+    capped = text.to_dict().get("attn_logit_softcapping") is not None
+    if capped and "sdpa" in (model.config._attn_implementation, text._attn_implementation):
         model.set_attn_implementation("eager")
 
 

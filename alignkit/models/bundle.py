@@ -8,7 +8,7 @@ have a scalar head, for a reward or a value.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +109,12 @@ class ModelBundle:
     @property
     def attention_implementation(self) -> str:
         """The name under which the base finds its attention function."""
-        return self.base.config._attn_implementation or "eager"
+        return self.attention_implementations[0]
+
+    @property
+    def attention_implementations(self) -> tuple[str, ...]:
+        """The same of the base and, where it is a model of its own, of the reference."""
+        return tuple(model.config._attn_implementation or "eager" for model in self._bases())
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -205,9 +210,13 @@ class ModelBundle:
         for model in self._bases():
             model.set_attn_implementation(ATTENTION_NAME)
 
-    def use_own_attention(self, implementation: str) -> None:
-        """Give attention back to transformers' `implementation`, for models that cannot run packed rows."""
-        for model in self._bases():
+    def use_own_attention(self, implementations: Sequence[str]) -> None:
+        """Give attention back to transformers, for models that cannot run packed rows.
+
+        Args:
+            implementations: the earlier `attention_implementations`.
+        """
+        for model, implementation in zip(self._bases(), implementations, strict=True):
             model.set_attn_implementation(implementation)
 
     def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

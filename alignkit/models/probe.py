@@ -109,7 +109,7 @@ class _Probe(NamedTuple):
 
 def _choose(probe: _Probe, wanted: str, on_any_process: Callable[[bool], bool]) -> str:
     bundle = probe.bundle
-    own = bundle.attention_implementation
+    own = bundle.attention_implementations
     device = probe.pairs.input_ids.device.type
     is_mixed = torch.is_autocast_enabled(device)  # a model that is trained whole: fp32 weights, 16-bit products
     tolerance = TOLERANCE_NATS[torch.get_autocast_dtype(device) if is_mixed else bundle.compute_dtype]
@@ -132,7 +132,7 @@ def _choose(probe: _Probe, wanted: str, on_any_process: Callable[[bool], bool]) 
                 if wanted == "auto" and name != "prefix_shared":
                     logger.warning("layout: %s, because prefix_shared does not agree with padded on this model", name)
                 return name
-        bundle.use_own_attention(own)
+    bundle.use_own_attention(own)
     architecture = type(bundle.base).__name__
     if wanted != "auto":
         raise ModelError(f"layout={wanted!r} does not work with {architecture}: {reason}. Set layout='auto'.")

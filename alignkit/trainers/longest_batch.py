@@ -94,7 +94,7 @@ def try_longest_batch(trainer: Any) -> None:
     if not isinstance(trainer.train_dataset, Dataset):
         logger.info("The training data is a stream: whether its longest batch fits into memory shows when it comes.")
         return
-    layout, attention, kernels = passes.layout, bundle.attention_implementation, set(bundle.kernels)
+    layout, attention, kernels = passes.layout, bundle.attention_implementations, set(bundle.kernels)
     generators = random_states()
     try:
         for trial in trainer.trials():

@@ -7,12 +7,19 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Gemma3Config, Gemma3ForConditionalGeneration
 
 from alignkit.data.layout import Block
 from alignkit.models import attention_cuda
-from alignkit.models.attention import ATTENTION_NAME, RowAttention, register_attention, row_attention
+from alignkit.models.attention import (
+    ATTENTION_NAME,
+    RowAttention,
+    keep_soft_caps,
+    register_attention,
+    row_attention,
+)
 from alignkit.models.attention_products import causal_products
+from tests.model_factory import tiny_config
 
 CPU = torch.device("cpu")
 ROWS = {
@@ -310,3 +317,14 @@ def test_registering_twice_does_no_harm():
     register_attention()
     register_attention()
     assert AttentionInterface()[ATTENTION_NAME] is row_attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", {"": "eager", "text_config": "sdpa"}, {"": "sdpa"}])
+def test_a_text_model_within_another_leaves_sdpa_if_its_scores_are_capped(attention):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny_config("gemma3_text", attn_logit_softcapping=2.0).to_dict()
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28}))
+    model.set_attn_implementation(attention)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    keep_soft_caps(model)
+    assert model.config.text_config._attn_implementation == "eager"

@@ -118,6 +118,23 @@ def test_a_start_that_prompts_share_is_computed_once(architecture):
     assert bundle.kernels == {"products"}
 
 
+REFUSING = {"llama": {"attention_dropout": 0.1}, "bloom": {}}
+
+
+@pytest.mark.parametrize("architecture", REFUSING)
+def test_a_reference_of_its_own_gets_its_own_attention_back(architecture):
+    """Packed rows fail on the policy. Its attention function would leave the soft caps of the reference out."""
+    policy, reference = tiny_model(architecture, **REFUSING[architecture]), tiny_model("gemma2")
+    bundle = ModelBundle(policy, reference=reference)
+    before = bundle.attention_implementations
+    with torch.no_grad():
+        expected = plain_token_logps(reference, random_pairs())
+    assert choose_layout(bundle, random_pairs(), "auto", PAD) == "padded"
+    assert bundle.attention_implementations == before
+    found = bundle.score_reference(LAYOUTS["padded"](random_pairs(), PAD)).logps
+    torch.testing.assert_close(found, expected, rtol=RELATIVE, atol=RELATIVE)
+
+
 @pytest.mark.parametrize("architecture", SHARING)
 def test_reference_is_the_base_in_every_layout(architecture):
     base = tiny_model(architecture)

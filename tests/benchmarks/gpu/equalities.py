@@ -153,7 +153,7 @@ def _check(case: Case, device: torch.device) -> Outcome:
 
 def _score(bundle: ModelBundle, pairs: Pairs, layout: str) -> Scored:
     if layout == "padded":
-        bundle.use_own_attention("eager")
+        bundle.use_own_attention(["eager"])
     else:
         bundle.use_row_attention()
     bundle.model.zero_grad()
