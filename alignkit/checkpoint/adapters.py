@@ -29,17 +29,40 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
     places = {path.parent.name: path.parent for path in folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")}
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         places[DEFAULT if places else active] = folder
+    if not places:
+        raise CheckpointError(
+            f"'{folder}' holds a model that was trained whole, and this run trains an adapter: resume without "
+            "peft_config, or leave resume_from_checkpoint out and give this path as the model."
+        )
     if active not in places:
         raise CheckpointError(
             f"'{folder}' holds the adapters {sorted(places)}, and this run trains '{active}'. Load the model with an "
             "adapter of that name (adapter_name), or resume from another checkpoint."
         )
     for name in sorted(places.keys() & model.peft_config.keys()):
-        found = model.load_adapter(str(places[name]), name, is_trainable=name == active)
-        odd = [*found.missing_keys, *found.unexpected_keys]
+        try:
+            found = model.load_adapter(str(places[name]), name, is_trainable=name == active)
+            odd = [*found.missing_keys, *found.unexpected_keys]
+        except KeyError as missing:  # of a layer that is trained and saved with the adapter, such as a head
+            odd = [missing.args[0]]
         if odd:  # PEFT would go on with what the adapter held before
             raise CheckpointError(
                 f"'{places[name]}' holds other weights than the adapter '{name}' of this run, which is on other "
                 f"layers or has other options: {len(odd)} do not match, such as {odd[0]!r}."
             )
     model.set_adapter(active)
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a checkpoint holds no adapter where a model is wanted.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if any(
+        path.is_file() for path in (folder / SAFETENSORS_WEIGHTS_NAME, *folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}"))
+    ):
+        raise CheckpointError(
+            f"'{folder}' holds an adapter, and this run trains the model whole: resume with the peft_config of that "
+            "run, or leave resume_from_checkpoint out and give this path as the model."
+        )

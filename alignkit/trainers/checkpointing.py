@@ -25,12 +25,12 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, has_length
 
-from alignkit.checkpoint.adapters import load_adapters
+from alignkit.checkpoint.adapters import check_whole, load_adapters
 from alignkit.checkpoint.atomic import tidy
 from alignkit.checkpoint.contents import as_checkpoint_errors, check_contents, check_weights
 from alignkit.checkpoint.find import checkpoint_folders, newest_verified, saves_after
 from alignkit.checkpoint.lock import sole_writer
-from alignkit.checkpoint.manifest import read_manifest
+from alignkit.checkpoint.manifest import MANIFEST, read_manifest
 from alignkit.checkpoint.space import require_space
 from alignkit.checkpoint.states import Stateful, States, read_states
 from alignkit.errors import CheckpointError
@@ -38,7 +38,7 @@ from alignkit.models.reference_sync import load_synced_reference
 from alignkit.trainers.boundary import Boundary, random_states, set_random_states
 from alignkit.trainers.boundary_callback import ExportedState, KeepBoundaries, Rest
 from alignkit.trainers.outsiders import Outsiders
-from alignkit.trainers.resuming import agreed, compare_runs, find_checkpoint, is_weights_only
+from alignkit.trainers.resuming import agreed, check_kind, compare_runs, find_checkpoint, is_weights_only
 from alignkit.trainers.saving import SavesWhole
 from alignkit.trainers.signals import EXIT_RESUMABLE, Interrupted, SignalWatch
 from alignkit.trainers.stream_place import StreamPlace
@@ -169,7 +169,10 @@ class KeepsCheckpoints(SavesWhole):
                 output_dir,
             )
         if folder is not None and weights_only:
-            self.check_resumable(folder, check_weights(folder))
+            step = check_weights(folder)
+            if (folder / MANIFEST).exists():
+                check_kind(folder, read_manifest(folder).run, description)
+            self.check_resumable(folder, step)
         elif folder is not None:
             check_contents(folder)
             self._load_states(folder, description)
@@ -301,7 +304,9 @@ class KeepsCheckpoints(SavesWhole):
             with as_checkpoint_errors(Path(str(checkpoint))):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            logger.warning("weights_only_resume: optimizer, random numbers and logging windows begin anew.")
+            is_lost = self.states_hold_reference and self.bundle.reference is not None
+            lost = "the moving reference, " if is_lost else ""
+            logger.warning("weights_only_resume: %soptimizer, random numbers and logging windows begin anew.", lost)
             if isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
                 return  # it follows evaluations, which begin anew too
             steps = min(self.state.global_step, self.state.max_steps)  # a run that is over needs no schedule
@@ -316,6 +321,8 @@ class KeepsCheckpoints(SavesWhole):
             if isinstance(self.model, PeftModel) and not self._is_sharded:
                 load_adapters(self.model, folder)
             else:
+                if not isinstance(self.model, PeftModel):
+                    check_whole(folder)
                 self._reshard()
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_sharded_reference(folder)

@@ -50,6 +50,7 @@ from alignkit.trainers.ppo_setup import (
 from alignkit.trainers.ppo_state import (
     PPOState,
     check_between_rollouts,
+    check_critic,
     load_value_head,
     save_value_head,
     split_learning_rates,
@@ -390,9 +391,9 @@ class PPOTrainer(PublishesToHub, KeepsCheckpoints, GuardsSteps, ChoosesPrecision
 
     def _load_critic(self, folder: Path) -> None:
         """Load the critic, and make trainable again what PEFT froze with every adapter that it loaded."""
-        model, adapter = cast(PeftModel, self.model), self.bundle.adapters.get(VALUE)
+        check_critic(folder, self.bundle, has_adapter=self.args.value_adapter)
         if self.args.value_adapter:
-            model.load_adapter(str(folder / VALUE), cast(str, adapter))
+            cast(PeftModel, self.model).load_adapter(str(folder / VALUE), cast(str, self.bundle.adapters.get(VALUE)))
         load_value_head(folder, self.bundle)
         with self.bundle.role(REFERENCE):
             pass

@@ -90,6 +90,31 @@ def check_between_rollouts(folder: Path, step: int, args: PPOConfig) -> None:
         )
 
 
+def check_critic(folder: Path, bundle: ModelBundle, *, has_adapter: bool) -> None:
+    """Check that a checkpoint holds a critic of the kind that a run trains, if it trains one.
+
+    Args:
+        folder: the checkpoint.
+        bundle: the run's roles.
+        has_adapter: the run's critic has an adapter of its own.
+
+    Raises:
+        CheckpointError: none, or one that reads the hidden states of another adapter.
+    """
+    if VALUE not in bundle.heads:
+        return
+    if not (folder / VALUE_FILE).exists():
+        raise CheckpointError(
+            f"'{folder}' holds no critic ({VALUE_FILE}), and this run trains one. Leave resume_from_checkpoint out and "
+            "give this path as the model, to begin with its adapter and a new critic."
+        )
+    if (folder / VALUE).is_dir() != has_adapter:
+        raise CheckpointError(
+            f"the critic in '{folder}' has {'no' if has_adapter else 'an'} adapter of its own: set "
+            f"value_adapter={not has_adapter}, as that run had it."
+        )
+
+
 def load_value_head(folder: Path, bundle: ModelBundle) -> None:
     """Set the value head, if there is one, to that of a checkpoint."""
     if VALUE in bundle.heads:

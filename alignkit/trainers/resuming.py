@@ -19,11 +19,14 @@ from alignkit.checkpoint.manifest import MANIFEST, Manifest, read_manifest, veri
 from alignkit.data.collate import ID_COLUMNS
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.adapters import REFERENCE_ADAPTER
+from alignkit.models.bundle import REWARD
 from alignkit.rollout.classifier import ClassifierReward
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Methods that are the same kind of trainer's.
+_KINDS = {"kto": "dpo"}
 # Files of a checkpoint that `weights_only_resume` does without.
 NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
 # What a run is made of besides its options, and what to call it.
@@ -181,12 +184,34 @@ def agreed(function: Callable[[], Any], is_main: bool) -> Any:
     return value
 
 
+def check_kind(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that a checkpoint is of a run of the same kind of trainer: others train other things, in other steps.
+
+    Args:
+        folder: the checkpoint.
+        saved: what its run was made of.
+        now: what this one is made of.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    kinds = [_KINDS.get(str(run.get("method")), str(run.get("method"))) for run in (saved, now)]
+    if kinds[0] != kinds[1]:
+        begin = "to begin with what that run trained, give this path as the model"
+        advice = "this run begins anew" if REWARD in kinds else begin
+        raise CheckpointError(
+            f"{folder} is of another run: its method was {kinds[0]!r}, and this one's is {kinds[1]!r}, which cannot go "
+            f"on from it, not even with weights_only_resume. Leave resume_from_checkpoint out: {advice}."
+        )
+
+
 def compare_runs(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compare what a checkpoint's run was made of with this one: refuse what breaks exactness, tell of the rest.
 
     Raises:
         CheckpointError: method, processes, data, base or an option that moves weights differ.
     """
+    check_kind(folder, saved, now)
     broken = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in ("method", "processes")
               if saved.get(name) != now[name]]  # fmt: skip
     for name, what in _PARTS.items():

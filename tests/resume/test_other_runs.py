@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 
+from alignkit.checkpoint.manifest import MANIFEST
 from alignkit.errors import CheckpointError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
+from alignkit.trainers.reward import RewardTrainer
+from alignkit.trainers.reward_config import RewardConfig
 from tests.model_factory import tiny_model
 from tests.ppo_factory import ppo_trainer, vowels
 from tests.resume.cases import EVALUATED, OPTIONS, TEXTS
@@ -109,3 +115,97 @@ def test_another_optimizer_of_the_callers(tmp_path: Path) -> None:
     said = refused(with_optimizer, {}, {"kind": torch.optim.AdamW}, tmp_path / "kind")
     assert "the optimizer or the schedule that the caller made changed" in said
     refused(with_optimizer, {}, {"rate": 1e-2}, tmp_path / "rate")
+
+
+def reward(folder: Path, **options: Any) -> RewardTrainer:
+    """Two steps of a reward model."""
+    return RewardTrainer(
+        tiny_model("llama"),
+        args=RewardConfig(str(folder), **{**OPTIONS, "max_steps": 2, "per_device_train_batch_size": 2, **options}),
+        train_dataset=Dataset.from_list(text_rows(4)),
+        processing_class=character_tokenizer(),
+        peft_config=lora(),
+    )
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "dpo": dpo,
+    "reward": reward,
+    "ppo": partial(ppo, num_ppo_epochs=1),
+    "whole": partial(dpo, is_whole=True),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One of each kind of run."""
+    found = {}
+    for name, make in KINDS.items():
+        folder = tmp_path_factory.mktemp(name)
+        make(folder).train()
+        found[name] = str(folder / "checkpoint-2")
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"weights_only_resume": True}])
+@pytest.mark.parametrize(
+    ("was", "now"), [("dpo", "ppo"), ("ppo", "dpo"), ("dpo", "reward"), ("reward", "dpo"), ("reward", "ppo")]
+)
+def test_another_kind_of_trainer(
+    was: str, now: str, options: dict[str, Any], checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    """The weights alone would not do either, so that nothing says they would."""
+    with pytest.raises(CheckpointError) as caught:
+        KINDS[now](tmp_path, **options).train(resume_from_checkpoint=checkpoints[was])
+    said = str(caught.value)
+    assert f"its method was '{was}', and this one's is '{now}'" in said
+    assert "Leave resume_from_checkpoint out" in said
+    assert ("give this path as the model" in said) == ("reward" not in (was, now))
+    assert "weights_only_resume=True" not in said
+
+
+def test_weights_of_kto_begin_dpo(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """Both are of one trainer."""
+    trainer = dpo(tmp_path, weights_only_resume=True, loss_type="kto", max_steps=3)
+    trainer.train(resume_from_checkpoint=checkpoints["dpo"])
+    assert trainer.state.global_step == 3
+
+
+UNSEALED = {
+    ("dpo", "whole"): "holds an adapter, and this run trains the model whole",
+    ("whole", "dpo"): "holds a model that was trained whole, and this run trains an adapter",
+    ("dpo", "reward"): "holds other weights than the adapter 'default' of this run.*score",
+    ("reward", "dpo"): "holds other weights than the adapter 'default' of this run.*score",
+    ("dpo", "ppo"): "holds no critic.*give this path as the model",
+}
+
+
+@pytest.mark.parametrize(("was", "now"), UNSEALED)
+def test_weights_of_another_kind_that_nobody_sealed(
+    was: str, now: str, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints[was], tmp_path / "checkpoint-2"))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=UNSEALED[was, now]):
+        KINDS[now](tmp_path / "run", weights_only_resume=True).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("had", [True, False])
+def test_a_critic_of_another_kind(had: bool, tmp_path: Path) -> None:
+    """A head that reads one adapter's hidden states knows nothing of another's."""
+    make = KINDS["ppo"]
+    make(tmp_path / "other", value_adapter=had).train()
+    with pytest.raises(CheckpointError, match=f"set value_adapter={had}"):
+        make(tmp_path / "run", value_adapter=not had, weights_only_resume=True).train(
+            resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2")
+        )
+
+
+@pytest.mark.parametrize("is_moving", [True, False])
+def test_weights_alone_tell_that_a_moving_reference_is_lost(
+    is_moving: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"is_whole": True, "sync_ref_model": is_moving, **({"ref_model_sync_steps": 1} if is_moving else {})}
+    dpo(tmp_path / "other", **options).train()
+    dpo(tmp_path / "run", weights_only_resume=True, **options).train(str(tmp_path / "other" / "checkpoint-2"))
+    assert ("the moving reference, optimizer, random numbers" in caplog.text) == is_moving
