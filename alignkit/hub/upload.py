@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _MAIN = "main"
 _PULL_REQUEST = "refs/pr/"
-_DANGEROUS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+_DANGEROUS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def continue_adapter(
     Raises:
         ModelError: the adapter is of a kind that cannot be trained here, or its weights do not fit the base.
     """
-    config = _checked_copy(peft_config, base)
+    config = _checked_copy(peft_config, base, f"the adapter '{name}'")
     config.base_model_name_or_path = peft_config.base_model_name_or_path
     _register(config, custom_modules)
     files = find_adapter(name, **hub_kwargs)
@@ -315,8 +315,8 @@ def _register(config: PeftConfig, custom_modules: CustomModules | None) -> None:
         config._register_custom_module(cast("dict[type[nn.Module], type[nn.Module]]", dict(custom_modules)))
 
 
-def _checked_copy(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """Return a copy that is ready to train, or refuse it with a reason."""
+def _checked_copy(peft_config: PeftConfig, model: PreTrainedModel, what: str = "peft_config") -> PeftConfig:
+    """Return a copy that is ready to train, or refuse it with a reason; `what` is where it came from."""
     if not isinstance(peft_config, PeftConfig):
         raise ModelError(
             f"peft_config must be a PEFT config such as LoraConfig(r=16, target_modules='all-linear'), "
@@ -324,7 +324,7 @@ def _checked_copy(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig
         )
     if peft_config.is_prompt_learning:
         raise ModelError(
-            f"peft_config is prompt learning ({_kind(peft_config)}): its virtual tokens shift every position, so "
+            f"{what} is prompt learning ({_kind(peft_config)}): its virtual tokens shift every position, so "
             "log-probs and prefix sharing would be wrong. Use LoraConfig."
         )
     if peft_config.peft_type in (PeftType.ADALORA, PeftType.XLORA, PeftType.POLY):
@@ -341,7 +341,7 @@ def _checked_copy(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig
         config.task_type = task
     elif task is not None and config.task_type != task:
         kind = "reward model" if task is TaskType.SEQ_CLS else "causal language model"
-        raise ModelError(f"peft_config has task_type '{config.task_type}' for a {kind}: use '{task.value}'.")
+        raise ModelError(f"{what} has task_type '{config.task_type}' for a {kind}: use '{task.value}'.")
     config.inference_mode = False  # configs read from disk say True, which would train nothing
     config.base_model_name_or_path = None  # PEFT writes the name of the model it is put on
     return config

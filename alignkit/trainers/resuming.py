@@ -28,7 +28,7 @@ AUTO = "auto"
 # Methods that are the same kind of trainer's.
 _KINDS = {"kto": "dpo"}
 # Files of a checkpoint that `weights_only_resume` does without.
-NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+NOT_WEIGHTS = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")  # .bin: FSDP's
 # What a run is made of besides its options, and what to call it.
 _PARTS = {
     "train_data": "the training data",

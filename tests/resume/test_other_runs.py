@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignkit.checkpoint.manifest import MANIFEST
+from alignkit.checkpoint.manifest import MANIFEST, read_manifest, seal
 from alignkit.errors import CheckpointError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
@@ -168,6 +168,20 @@ def test_weights_of_kto_begin_dpo(checkpoints: dict[str, str], tmp_path: Path) -
     """Both are of one trainer."""
     trainer = dpo(tmp_path, weights_only_resume=True, loss_type="kto", max_steps=3)
     trainer.train(resume_from_checkpoint=checkpoints["dpo"])
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer.bin"])
+def test_weights_alone_do_without_the_optimizer(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """By either name: the second is FSDP's."""
+    folder = Path(shutil.copytree(checkpoints["dpo"], tmp_path / "checkpoint-2"))
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    (folder / "optimizer.pt").rename(folder / name)
+    seal(folder, sequence=manifest.sequence, step=manifest.step, run=manifest.run)
+    (folder / name).unlink()
+    trainer = dpo(tmp_path / "run", weights_only_resume=True, max_steps=3)
+    trainer.train(resume_from_checkpoint=str(folder))
     assert trainer.state.global_step == 3
 
 
