@@ -30,7 +30,7 @@ class StepProfiler(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.step:
-            self._profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self._profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True)
             self._profile.start()
             self._started = time.perf_counter()
 
