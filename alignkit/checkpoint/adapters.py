@@ -26,8 +26,9 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
             or too many, as those of an adapter on other layers.
     """
     active = model.active_adapters[0]
-    places = {path.parent.name: path.parent for path in folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")}
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    found_in = _adapter_folders(folder)
+    places = {place.name: place for place in found_in if place != folder}
+    if folder in found_in:
         places[DEFAULT if places else active] = folder
     if not places:
         raise CheckpointError(
@@ -59,10 +60,13 @@ def check_whole(folder: Path) -> None:
     Raises:
         CheckpointError: it does.
     """
-    if any(
-        path.is_file() for path in (folder / SAFETENSORS_WEIGHTS_NAME, *folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}"))
-    ):
+    if _adapter_folders(folder):
         raise CheckpointError(
             f"'{folder}' holds an adapter, and this run trains the model whole: resume with the peft_config of that "
             "run, or leave resume_from_checkpoint out and give this path as the model."
         )
+
+
+def _adapter_folders(folder: Path) -> list[Path]:
+    """Where a checkpoint holds adapters: in itself, and in folders that bear their names."""
+    return [place for place in (folder, *folder.iterdir()) if (place / SAFETENSORS_WEIGHTS_NAME).is_file()]

@@ -150,12 +150,12 @@ def attempt(load: Callable[[], Any]) -> BaseException | None:
     # An empty folder of its own: into the one that tests run in, another process may be writing.
     with tempfile.TemporaryDirectory() as here, pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        began = time.process_time()  # others may use the processor meanwhile
+        began = time.monotonic()
         try:
             load()
         except Exception as error:  # noqa: BLE001 - which one it was is for the caller to judge
             raised = error
-        seconds = time.process_time() - began
+        seconds = time.monotonic() - began
         written = os.listdir(here)
     ran = MARKER.exists()
     if ran:

@@ -43,7 +43,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo, "reward": reward, "ppo": 
 
 
 def reseal(folder: Path) -> None:
-    """Seal a spoiled checkpoint, as whoever sends one to a stranger can."""
+    """Seal a checkpoint that was changed, as whoever sends one to a stranger can."""
     manifest = read_manifest(folder)
     (folder / MANIFEST).unlink()
     seal(folder, sequence=manifest.sequence, step=manifest.step, run=manifest.run)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignkit.checkpoint.manifest import MANIFEST, read_manifest, seal
+from alignkit.checkpoint.manifest import MANIFEST
 from alignkit.errors import CheckpointError
 from alignkit.trainers.config import DPOConfig
 from alignkit.trainers.dpo import DPOTrainer
 from alignkit.trainers.reward import RewardTrainer
 from alignkit.trainers.reward_config import RewardConfig
+from tests.hostile.runs import reseal
 from tests.model_factory import tiny_model
 from tests.ppo_factory import ppo_trainer, vowels
 from tests.resume.cases import EVALUATED, OPTIONS, TEXTS
@@ -175,10 +176,8 @@ def test_weights_of_kto_begin_dpo(checkpoints: dict[str, str], tmp_path: Path) -
 def test_weights_alone_do_without_the_optimizer(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
     """By either name: the second is FSDP's."""
     folder = Path(shutil.copytree(checkpoints["dpo"], tmp_path / "checkpoint-2"))
-    manifest = read_manifest(folder)
-    (folder / MANIFEST).unlink()
     (folder / "optimizer.pt").rename(folder / name)
-    seal(folder, sequence=manifest.sequence, step=manifest.step, run=manifest.run)
+    reseal(folder)
     (folder / name).unlink()
     trainer = dpo(tmp_path / "run", weights_only_resume=True, max_steps=3)
     trainer.train(resume_from_checkpoint=str(folder))
